@@ -1,0 +1,819 @@
+# SPDX-License-Identifier: MIT
+"""What simdino.py promises. Numbers marked `official` were computed by running the code of
+github.com/RobinWu218/SimDINO at commit 8149fc4 on the same inputs."""
+
+import ast
+import copy
+import importlib.util
+import json
+import math
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageOps
+from torch import nn
+
+import simdino
+from simdino import SimDINOLoss, coding_rate
+
+SCRIPT = Path(simdino.__file__)
+
+
+def waves(*shape, a):
+    """Float64 numbers in [-1, 1] that any machine computes alike."""
+    i = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
+    return torch.sin(i * i * a).view(shape)
+
+
+def rows(*shape, a):
+    return F.normalize(waves(*shape, a=a), dim=-1)
+
+
+def fingerprint(x):
+    """One number that depends on every entry of x."""
+    return (x * torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view_as(x)).sum().item()
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("n, d", [(5, 12), (12, 12), (40, 12)])
+def test_coding_rate_is_the_formula_of_the_paper(n, d):
+    z = rows(3, 2, n, d, a=0.37)
+    expected = torch.logdet(torch.eye(d) + d / (n * 0.3) * z.mT @ z) / 2
+    torch.testing.assert_close(coding_rate(z, 0.3), expected, rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(lambda z: coding_rate(z, 0.3), z[0, 0].requires_grad_())
+
+
+def test_coding_rate_of_orthogonal_and_of_equal_rows():
+    n, d, eps_sq = 8, 16, 0.5
+    orthogonal = torch.eye(d, dtype=torch.float64)[:n]
+    equal = orthogonal[:1].expand(n, d)
+    most, least = n / 2 * math.log(1 + d / (n * eps_sq)), math.log(1 + d / eps_sq) / 2
+    assert coding_rate(orthogonal, eps_sq).item() == pytest.approx(most, rel=1e-12)
+    assert coding_rate(equal, eps_sq).item() == pytest.approx(least, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "d, expa_type, loss, comp, expa, gradient",  # official MCRLoss(4, 0, expa_type, eps=0.05)
+    [
+        (16, 0, -2.3503662093787274, -0.00091495778946852, 2.351281167168196, 0.1957822662299119),
+        (16, 1, -1.7584572080867116, -0.00091495778946852, 1.75937216587618, 0.27156458302854186),
+        (48, 0, -2.699969579798397, 0.013782766050596666, 2.6861868137478004, -0.07144523940514873),
+        (48, 1, -2.1672496110473927, 0.013782766050596666, 2.153466844996796, 0.059190414229463945),
+    ],
+)
+def test_loss_equals_the_official_one_on_one_process(d, expa_type, loss, comp, expa, gradient):
+    student, teacher = rows(4, 24, d, a=0.37).requires_grad_(), rows(2, 24, d, a=0.11)
+    value, stats = SimDINOLoss(0.05, None, expa_type=expa_type)(student, teacher)
+    assert value.item() == pytest.approx(loss, rel=1e-9)
+    assert stats["comp"].item() == pytest.approx(comp, rel=1e-9)
+    assert stats["expa"].item() == pytest.approx(expa, rel=1e-9)
+    own = torch.autograd.grad(value, student)[0]
+    assert fingerprint(own) == pytest.approx(gradient, rel=1e-9)
+
+    student32 = student.detach().float().requires_grad_()
+    value32, _ = SimDINOLoss(0.05, None, expa_type=expa_type)(student32, teacher.float())
+    assert value32.item() == pytest.approx(loss, rel=1e-5)
+    own32 = torch.autograd.grad(value32, student32)[0]
+    assert (own32 - own).norm() < 1e-5 * own.norm()
+
+
+def test_defaults_equal_the_published_run_on_8_gpus_of_64():
+    # official MCRLoss(4, 0, 1, eps=0.05) on 8 ranks of 64 rows, the mean of their losses
+    student, teacher = rows(4, 512, 256, a=0.37).requires_grad_(), rows(2, 512, 256, a=0.11)
+    value, _ = SimDINOLoss()(student, teacher)
+    assert value.item() == pytest.approx(-0.32096376023460765, rel=1e-9)
+    gradient = torch.autograd.grad(value, student)[0]
+    assert fingerprint(gradient) == pytest.approx(0.001725769645882694, rel=1e-8)
+
+
+def test_loss_runs_in_float32_inside_autocast_and_keeps_float64():
+    student, teacher = rows(4, 64, 32, a=0.37).float(), rows(2, 64, 32, a=0.11).float()
+    plain, _ = SimDINOLoss(0.05)(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, _ = SimDINOLoss(0.05)(student, teacher)
+    assert inside.dtype == torch.float32 and inside == plain
+    assert SimDINOLoss()(student.bfloat16(), teacher.bfloat16())[0].dtype == torch.float32
+    assert SimDINOLoss()(student.double(), teacher.double())[0].dtype == torch.float64
+
+
+def test_rank_counts_the_directions_in_use():
+    orthogonal = torch.eye(32)[:16].expand(2, -1, -1)
+    assert SimDINOLoss()(orthogonal, orthogonal)[1]["rank"].item() == pytest.approx(16, rel=1e-4)
+    equal = orthogonal[:, :1].expand(-1, 16, -1)
+    assert SimDINOLoss()(equal, equal)[1]["rank"].item() == pytest.approx(1, rel=1e-4)
+
+
+def test_loss_names_what_is_wrong():
+    with pytest.raises(ValueError, match="eps_sq"):
+        SimDINOLoss(eps_sq=0)
+    with pytest.raises(ValueError, match="expa_type"):
+        SimDINOLoss(expa_type=2)
+    with pytest.raises(ValueError, match="group_size 64 does not divide the global batch of 96"):
+        SimDINOLoss()(rows(3, 96, 8, a=0.3), rows(2, 96, 8, a=0.2))
+
+
+def test_the_loss_can_be_lifted_out_of_the_file_with_torch_alone(tmp_path):
+    text = SCRIPT.read_text()
+    parts = [
+        n for n in ast.parse(text).body if getattr(n, "name", "") in ("coding_rate", "SimDINOLoss")
+    ]
+    source = "\n\n".join(["import torch", *(ast.get_source_segment(text, part) for part in parts)])
+    (tmp_path / "lifted.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("lifted", tmp_path / "lifted.py")
+    lifted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lifted)
+    student, teacher = rows(4, 64, 32, a=0.37), rows(2, 64, 32, a=0.11)
+    assert lifted.SimDINOLoss()(student, teacher)[0] == SimDINOLoss()(student, teacher)[0]
+
+
+def world_worker(rank, world, port, groups, dtype, queue):
+    """Loss and gradients of a small model under DDP, on this rank's block of 24 images."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), simdino.ProjectionHead(20, 16, 12))
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.5 * waves(*p.shape, a=0.1 + i))
+    model.to(dtype)
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    x = waves(4, 24, 6, a=0.7).to(dtype)[:, 24 // world * rank : 24 // world * (rank + 1)]
+    teacher = rows(2, 24, 12, a=0.2).to(dtype)[:, 24 // world * rank : 24 // world * (rank + 1)]
+    results = []
+    for group in groups:
+        model.zero_grad()
+        loss, stats = SimDINOLoss(0.1, group)(net(x.flatten(0, 1)).unflatten(0, (4, -1)), teacher)
+        loss.backward()
+        mean = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(mean)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append(((mean / world).item(), stats["rank"].item(), gradient.tolist()))
+    if rank == 0:
+        queue.put(results)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+def test_gradients_do_not_depend_on_world_size(dtype, tolerance):
+    groups = [None, 4, 8, 24, 6]  # 8 spans ranks for 2 (of 12 rows), 6 does for 3 (of 8 rows)
+    context, results = torch.multiprocessing.get_context("spawn"), []
+    for world in (1, 2, 3) if dtype == torch.float64 else (1, 2):
+        queue = context.Queue()
+        arguments = world, free_port(), groups, dtype, queue
+        ranks = [context.Process(target=world_worker, args=(r, *arguments)) for r in range(world)]
+        for process in ranks:
+            process.start()
+        results.append(queue.get(timeout=120))
+        for process in ranks:
+            process.join()
+    for alone, shared in [(results[0], other) for other in results[1:]]:
+        for (loss, rank, gradient), (loss2, rank2, gradient2) in zip(alone, shared, strict=True):
+            assert loss2 == pytest.approx(loss, rel=tolerance)
+            assert rank2 == pytest.approx(rank, rel=tolerance * 10)
+            gradient, gradient2 = torch.tensor(gradient), torch.tensor(gradient2)
+            assert (gradient2 - gradient).norm() < tolerance * gradient.norm()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# --------------------------------------------------------------------- the method's first experiments
+
+
+def self_distil(gamma, momentum=0.9, steps=150, unit=True):
+    """SimDINO on noisy views of 64 points; -> student and teacher rows, how far the teacher moved."""
+    torch.manual_seed(0)
+    points = torch.randn(64, 16)
+    student = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+    teacher = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    loss_fn, moved = SimDINOLoss(0.4, None, gamma=gamma), 0.0
+    for _ in range(steps):
+        views = points + 0.3 * torch.randn(4, 64, 16)
+        z_s, z_t = student(views), teacher(views[:2]).detach()
+        if unit:
+            z_s, z_t = F.normalize(z_s, dim=-1), F.normalize(z_t, dim=-1)
+        loss, _ = loss_fn(z_s, z_t)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        before = F.normalize(teacher(points), dim=-1)
+        for p, q in zip(teacher.parameters(), student.parameters()):
+            p.data.lerp_(q.data, 1 - momentum)
+        moved += (F.normalize(teacher(points), dim=-1) - before).norm(dim=-1).mean().item()
+    with torch.no_grad():
+        return student(points), teacher(points), moved / steps
+
+
+def effective_rank(z):
+    p = torch.linalg.svdvals(F.normalize(z.double(), dim=-1)) ** 2 / len(z)
+    return (-(p * p.clamp(min=1e-12).log()).sum()).exp().item()
+
+
+def test_coding_rate_prevents_collapse_and_without_it_features_collapse():
+    kept, collapsed = (effective_rank(self_distil(gamma, steps=800)[0]) for gamma in (None, 0.0))
+    assert kept > 10, "of 16 directions nearly all are in use"
+    assert collapsed < 1.5, "pulled together by nothing but each other, all features agree"
+
+
+def test_without_l2_normalisation_the_rate_is_bought_by_length_not_by_diversity():
+    unit, free = self_distil(None)[0], self_distil(None, unit=False)[0]
+    assert free.norm(dim=-1).mean() > 3, "logdet grows with the length of the rows"
+    lengths = free.norm(dim=-1)
+    assert lengths.std() > 0.1 * lengths.mean()
+    assert effective_rank(free) < effective_rank(unit)
+
+
+def test_a_slower_teacher_is_steadier_and_further_behind():
+    gaps, moves = [], []
+    for momentum in (0.0, 0.9, 0.99):
+        student, teacher, moved = self_distil(None, momentum, steps=60)
+        z_s, z_t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        gaps.append((z_s - z_t).norm(dim=-1).mean().item())
+        moves.append(moved)
+    assert gaps[0] < 1e-6 and gaps[0] < gaps[1] < gaps[2]
+    assert moves[0] > moves[1] > moves[2]
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+
+def tiny_vit(**options):
+    return simdino.VisionTransformer(32, 8, 32, 3, 4, **options)
+
+
+@pytest.mark.parametrize(
+    "height, width, features",  # official VisionTransformer of simdino/, in float64
+    [(32, 32, 1.5252037344687581), (16, 16, 2.9070248537220484), (48, 24, 2.212051347187865)],
+)
+def test_vit_equals_the_official_one_at_any_size(height, width, features):
+    model = tiny_vit().double().eval()
+    with torch.no_grad():
+        for i, (name, p) in enumerate(sorted(model.state_dict().items())):
+            n = torch.arange(1, p.numel() + 1, dtype=torch.float64).view(p.shape)
+            p.copy_((0.5 if p.ndim == 1 else 0.2) * torch.sin(n * n * 0.01 + i))
+            p += 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")) else 0.0
+        n = torch.arange(2 * 3 * height * width, dtype=torch.float64).view(2, 3, height, width)
+        assert fingerprint(model(torch.sin(n * n * 0.05))) == pytest.approx(features, rel=1e-9)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
+def test_weights_load_into_timm_and_give_the_same_features(arch):
+    timm = pytest.importorskip("timm")
+    ours = simdino.VisionTransformer(**simdino.ARCHS[arch]).eval()
+    theirs = timm.create_model(f"{arch}_patch16_224", num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+        tokens = ours.get_intermediate_layers(x, 2)
+        torch.testing.assert_close(tokens[-1], theirs.forward_features(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_list_of_sizes_gives_each_batch_its_features_in_order():
+    model = tiny_vit().eval()
+    views = [torch.randn(2, 3, size, size) for size in (32, 32, 16, 16, 32, 24)]
+    with torch.no_grad():
+        torch.testing.assert_close(model(views), torch.cat([model(view) for view in views]))
+
+
+def test_attention_weights_are_those_the_last_block_used():
+    model, x = tiny_vit().eval(), torch.randn(2, 3, 32, 32)
+    weights, seen = model.get_last_selfattention(x), {}
+    assert weights.shape == (2, 4, 17, 17)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 17))
+    attn = model.blocks[-1].attn
+    attn.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+    model(x)
+    v = attn.heads(seen["x"])[2]
+    torch.testing.assert_close(attn.proj((weights @ v).transpose(1, 2).flatten(2)), seen["out"])
+
+
+def test_stochastic_depth_keeps_the_expectation_and_spares_the_teacher():
+    torch.manual_seed(0)
+    model, x = tiny_vit(drop_path_rate=0.5).double(), torch.randn(1, 3, 32, 32).double()
+    with torch.no_grad():
+        first = model.prepare_tokens(x).expand(4000, -1, -1)
+        p = torch.full((2, 4000, 1, 1), 0.5, dtype=torch.float64)
+        out = model.blocks[0](first, torch.bernoulli(p) / p)
+        branch = model.blocks[0].attn(model.blocks[0].norm1(first[:1]))
+        kept = (out - first).abs().amax((1, 2)) > 0
+        assert 0.70 < kept.double().mean() < 0.80, "one of two branches, each kept half the time"
+        assert branch.abs().max() > 0
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+
+def test_projection_head_gives_unit_rows_in_float32():
+    head = simdino.ProjectionHead(32, 64, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = head(torch.randn(5, 32))
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(5))
+    assert [k for k in head.state_dict()][::2] == ["mlp.0.weight", "mlp.2.weight", "mlp.4.weight"]
+
+
+def test_wrong_sizes_are_named():
+    with pytest.raises(ValueError, match="patch"):
+        tiny_vit()(torch.zeros(1, 3, 30, 32))
+    with pytest.raises(ValueError, match="patch"):
+        simdino.VisionTransformer(30, 8)
+
+
+# ----------------------------------------------------------------------------------------- the data
+
+
+def photo(width=48, height=32):
+    """A smooth colour image."""
+    y, x = np.mgrid[:height, :width]
+    channels = [127 + 120 * np.sin(0.1 * x + k) * np.cos(0.15 * y) for k in range(3)]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"])
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tiff", "gif"])
+def test_load_image_reads_what_pillow_reads(tmp_path, mode, extension):
+    path = tmp_path / f"image.{extension}"
+    try:
+        photo().convert(mode).save(path)
+    except (OSError, ValueError):
+        pytest.skip(f"Pillow writes no {extension} of mode {mode}")
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    image = simdino.load_image(path)
+    assert image.dtype == torch.uint8 and image.shape == (3, 32, 48)
+    assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 2
+
+
+def test_load_image_keeps_the_upper_8_of_16_bits(tmp_path):
+    pixels = (np.arange(32 * 48, dtype=np.uint16) * 40).reshape(32, 48)
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    image = simdino.load_image(tmp_path / "deep.png")
+    assert np.array_equal(image[1].numpy(), pixels >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_load_image_applies_exif_orientation(tmp_path, orientation, extension):
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / f"turned.{extension}"
+    photo().save(path, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path))).astype(int)
+    image = simdino.load_image(path).permute(1, 2, 0).numpy()
+    assert image.shape == expected.shape
+    assert np.abs(image - expected).max() <= 2
+
+
+def test_multicrop_cuts_shares_and_aspects_in_range():
+    y, x = np.mgrid[:200, :250]
+    image = torch.from_numpy(np.stack([x, y, 0 * x])).to(torch.uint8)  # pixels tell where they are
+    crop, shares, aspects = simdino.MultiCrop(64, 32, (0.4, 1.0), (0.05, 0.4), 6), [], []
+    torch.manual_seed(0)
+    for _ in range(150):
+        views = crop(image)
+        assert [tuple(view.shape) for view in views] == [(3, 64, 64)] * 2 + [(3, 32, 32)] * 6
+        for view in views:
+            size = view.shape[-1]
+            w = (
+                (view[0].float().mean(0)[-2] - view[0].float().mean(0)[1]).item()
+                * size
+                / (size - 3)
+            )
+            h = (
+                (view[1].float().mean(1)[-2] - view[1].float().mean(1)[1]).item()
+                * size
+                / (size - 3)
+            )
+            shares.append(w * h / (200 * 250))
+            aspects.append(w / h)
+    shares = np.array(shares).reshape(150, 8)
+    assert 0.36 < shares[:, :2].min() < 0.5 and 0.85 < shares[:, :2].max() < 1.06
+    assert 0.04 < shares[:, 2:].min() < 0.07 and 0.36 < shares[:, 2:].max() < 0.43
+    assert abs(shares[:, 2:].mean() - 0.225) < 0.01, "uniform in area"
+    assert 0.68 < min(aspects) < 0.78 and 1.28 < max(aspects) < 1.45
+
+
+def test_multicrop_resizes_as_torchvision_does():
+    image = simdino.resize(torch.from_numpy(np.array(photo(96, 96))).permute(2, 0, 1), 40, 40)
+    tensor = torch.from_numpy(np.array(photo(96, 96))).permute(2, 0, 1)
+    bicubic = TF.InterpolationMode.BICUBIC
+    expected = TF.resize(tensor, [40, 40], bicubic, antialias=True)
+    assert (image.int() - expected.int()).abs().max() <= 1
+    with_pillow = np.array(photo(96, 96).resize((40, 40), Image.BICUBIC)).astype(int)
+    assert np.abs(image.permute(1, 2, 0).numpy() - with_pillow).max() <= 1
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (300, 1), (3, 7)])
+def test_crops_of_degenerate_images(height, width):
+    image = torch.full((3, height, width), 77, dtype=torch.uint8)
+    assert all((view == 77).all() for view in simdino.MultiCrop(32, 16)(image))
+    assert simdino.center_crop(image, 32).shape == (3, 32, 32)
+
+
+def test_center_crop_is_resize_256_crop_224():
+    image = torch.from_numpy(np.array(photo(500, 375))).permute(2, 0, 1)
+    expected = TF.center_crop(
+        TF.resize(image, 256, TF.InterpolationMode.BICUBIC, antialias=True), [224, 224]
+    )
+    difference = (simdino.center_crop(image, 224).int() - expected.int()).abs()
+    assert difference.float().mean() < 1
+    small = image[:, :32, :32]
+    assert torch.equal(simdino.center_crop(small, 32), small)
+
+
+def test_photometric_operations_equal_torchvision_image_by_image():
+    torch.manual_seed(0)
+    x = torch.rand(6, 3, 32, 40)
+    x[0] = x[0, :1]  # gray
+    x[1] = (x[1] > 0.5).float()  # saturated
+    factor, hue, sigma = 0.6 + 0.8 * torch.rand(6), torch.rand(6) - 0.5, 0.1 + 1.9 * torch.rand(6)
+    one, none = torch.ones(6, 1, 1, 1), torch.zeros(6, 1, 1, 1)
+    f, h = factor.view(6, 1, 1, 1), hue.view(6, 1, 1, 1)
+    blurred = simdino.gaussian_blur(x, sigma)
+    for name, ours, theirs in (
+        ("brightness", simdino.jitter(x, [0], f, one, one, none), TF.adjust_brightness),
+        ("contrast", simdino.jitter(x, [1], one, f, one, none), TF.adjust_contrast),
+        ("saturation", simdino.jitter(x, [2], one, one, f, none), TF.adjust_saturation),
+        ("hue", simdino.jitter(x, [3], one, one, one, h), TF.adjust_hue),
+        ("gray", simdino.to_gray(x), lambda x, _: TF.rgb_to_grayscale(x)),
+        ("blur", blurred, lambda x, _: x),
+    ):
+        values = hue if name == "hue" else factor
+        expected = torch.stack([theirs(a, v.item()) for a, v in zip(x, values)])
+        if name == "blur":
+            expected = torch.stack([TF.gaussian_blur(a, 13, s.item()) for a, s in zip(x, sigma)])
+        assert (ours - expected).abs().max() < 1 / 255, name
+    assert torch.equal(simdino.gaussian_blur(x, torch.full((6,), 1e-3)), x)
+    expected = TF.normalize(x, simdino.MEAN, simdino.STD)
+    torch.testing.assert_close(simdino.normalize(x), expected)
+
+
+def test_augment_draws_each_operation_as_often_as_dino():
+    torch.manual_seed(0)
+    n = 1500
+    pixels = torch.zeros(n, 3, 8, 8, dtype=torch.uint8)
+    pixels[..., :4] = torch.tensor([200, 90, 30], dtype=torch.uint8).view(3, 1, 1)  # left half
+    views = simdino.augment([pixels] * 3)
+    assert len(views) == 3 and all(v.shape == pixels.shape for v in views)
+    assert all(v.dtype == torch.float32 for v in views)
+    std, mean = (torch.tensor(c).view(3, 1, 1) for c in (simdino.STD, simdino.MEAN))
+    for view, blur, solarize in zip(views, (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)):
+        x = view * std + mean
+        assert x.min() > -1e-4 and x.max() < 1 + 1e-4
+        left, right = x[..., :4].mean((1, 2, 3)), x[..., 4:].mean((1, 2, 3))
+        gray = (x.amax(1) - x.amin(1)).amax((1, 2)) < 1e-3
+        assert abs(gray.float().mean() - 0.2) < 0.04
+        sharp = (x[:, 0, :, 3] - x[:, 0, :, 0]).abs().amax(1) < 1e-3
+        assert (1 - sharp.float().mean() - blur).abs() < 0.12, "a small sigma is hardly seen"
+        if not solarize:
+            assert ((left > right).float().mean() - 0.5).abs() < 0.05, "flipped half the time"
+    again = [simdino.augment([pixels] * 3, torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*again))
+
+
+def test_built_in_images_tell_nothing_by_brightness_and_are_always_the_same():
+    for kind in range(10):
+        images = [
+            simdino.draw_pattern(kind, np.random.default_rng((0, kind, i))) for i in range(40)
+        ]
+        means = [np.mean(image) for image in images]
+        assert abs(np.mean(means) - 128) < 6
+    again = simdino.draw_pattern(9, np.random.default_rng((0, 9, 39)))
+    assert np.array_equal(np.asarray(again), np.asarray(images[-1]))
+
+
+# ------------------------------------------------------------------------------------- the training
+
+TINY = shlex.split(
+    "--arch vit_nano --patch_size 8 --hidden_dim 32 --global_crops_size 32 --local_crops_size 16 "
+    "--local_crops_number 2 --batch_size_per_gpu 8 --epochs 4 --warmup_epochs 1 --num_workers 0 "
+    "--drop_path_rate 0.1 --lr 0.001 --eval_freq 2 --saveckp_freq 2"
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """An ImageNet-style root: 3 kinds, 30 images to train on (one unreadable), 12 to judge by."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split, count in ("train", 10), ("val", 4):
+        for kind in range(3):
+            folder = root / split / f"kind{kind}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                rng = np.random.default_rng((kind, i, count))
+                image = simdino.draw_pattern(kind, rng, 40)
+                image.save(folder / f"{i}.{('png', 'jpg', 'webp')[i % 3]}")
+    (root / "train" / "kind1" / "4.jpg").write_bytes(b"\xff\xd8 not an image")
+    return root
+
+
+def train(monkeypatch, *flags):
+    """simdino.main() with these flags, in this process."""
+    monkeypatch.setattr(sys, "argv", ["simdino.py", *map(str, flags)])
+    simdino.main()
+
+
+def weights_of(folder):
+    return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def same(a, b):
+    """Equality to the last bit of nested state dicts."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, tmp_path_factory):
+    """A run never interrupted, what it printed, and its folder."""
+    output = tmp_path_factory.mktemp("finished")
+    flags = [sys.executable, SCRIPT, *TINY, "--data_path", pictures, "--output_dir", output]
+    result = subprocess.run(list(map(str, flags)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout
+
+
+def test_log_and_terminal_say_what_happened(finished, pictures):
+    output, printed = finished
+    entries = log_of(output)
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2, 3]
+    official = {"epoch", "train_loss", "train_comp_loss", "train_expa_loss", "train_lr", "train_wd"}
+    ours = {"rank", "dist", "knn", "img_s", "data_wait", "mfu", "mem_gb", "bad_images"}
+    for entry in entries:
+        assert entry.keys() == official | ours
+        sum_of_terms = -entry["train_comp_loss"] - entry["train_expa_loss"]
+        assert entry["train_loss"] == pytest.approx(sum_of_terms, abs=1e-5)
+        assert 1 <= entry["rank"] <= 16 and 0 <= entry["dist"] <= 2
+        assert entry["img_s"] > 0 and 0 <= entry["data_wait"] <= 1 and entry["mem_gb"] > 0
+    assert [entry["knn"] is None for entry in entries] == [True, False, True, False]
+    assert entries[-1]["bad_images"] == 1
+    assert printed.count("4.jpg") == 1, "the unreadable file is named once"
+    assert "raw pixels" in printed and "random weights" in printed and "trained teacher" in printed
+
+
+def test_checkpoint_opens_safely_and_its_teacher_loads_into_timm(finished):
+    output, _ = finished
+    state = weights_of(output)
+    parts = {"student", "teacher", "optimizer", "scaler", "step", "epoch", "args"}
+    assert state.keys() == parts
+    assert (state["step"], state["epoch"]) == (12, 4)
+    assert type(state["args"]) is dict and state["args"]["arch"] == "vit_nano"
+    assert all(name.split(".")[0] in ("backbone", "head") for name in state["teacher"])
+    assert not same(state["student"], state["teacher"])
+    assert {p.name for p in output.glob("checkpoint*")} == {
+        "checkpoint.pth",
+        "checkpoint0000.pth",
+        "checkpoint0002.pth",
+    }
+    timm = pytest.importorskip("timm")
+    model = timm.models.VisionTransformer(32, 8, num_classes=0, embed_dim=96, depth=4, num_heads=3)
+    backbone = {k[9:]: v for k, v in state["teacher"].items() if k.startswith("backbone.")}
+    model.load_state_dict(backbone, strict=True)
+
+
+def test_a_run_killed_and_resumed_with_other_workers_ends_with_the_same_bits(
+    finished, pictures, tmp_path
+):
+    flags = [sys.executable, SCRIPT, *TINY, "--data_path", pictures, "--output_dir", tmp_path]
+    for epochs_done, workers in (1, 2), (2, 1):
+        process = subprocess.Popen(
+            list(map(str, [*flags, "--num_workers", workers])), stdout=subprocess.DEVNULL
+        )
+        log, deadline = tmp_path / "log.txt", time.time() + 120
+        while not (log.exists() and log.read_text().count("\n") >= epochs_done):
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(list(map(str, flags)), check=True, stdout=subprocess.DEVNULL)
+    ours, theirs = weights_of(tmp_path), weights_of(finished[0])
+    for part in ("student", "teacher", "optimizer"):
+        assert same(ours[part], theirs[part]), part
+    timeless = ("epoch", "train_loss", "train_comp_loss", "train_expa_loss", "rank", "knn")
+    for a, b in zip(log_of(tmp_path), log_of(finished[0]), strict=True):
+        assert [a[key] for key in timeless] == [b[key] for key in timeless]
+
+
+def test_max_steps_stops_inside_an_epoch_and_the_rest_follows(
+    finished, pictures, tmp_path, monkeypatch
+):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path]
+    train(monkeypatch, *flags, "--max_steps", 4)
+    assert weights_of(tmp_path)["step"] == 4
+    train(monkeypatch, *flags)
+    assert same(weights_of(tmp_path)["teacher"], weights_of(finished[0])["teacher"])
+
+
+def test_two_processes_train_on_the_images_of_one(pictures, finished, tmp_path):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--batch_size_per_gpu", 4]
+    flags += ["--drop_path_rate", 0, "--max_steps", 4]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    command += ["--master_addr", "127.0.0.1", "--master_port", free_port(), SCRIPT, *flags]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert weights_of(tmp_path)["step"] == 4
+    assert len(log_of(tmp_path)) == 2
+    assert result.stdout.count("trained teacher") == 1
+
+
+def test_schedules_reproduce_the_official_log():
+    # assets/SimDNIOv1_vitb16.txt, official: epoch, train_lr, train_wd; 2502 steps of 512 images
+    lr = simdino.cosine_schedule(5e-4 * 512 / 256, 1e-6, 100 * 2502, 10 * 2502)
+    wd = simdino.cosine_schedule(0.04, 0.4, 100 * 2502)
+    assert len(lr) == len(wd) == 250200 and lr[0] == 0
+    for epoch, train_lr, train_wd in (
+        (0, 4.99820136696111e-05, 0.04002958960483863),
+        (5, 0.0005500019984811545, 0.04268741890020718),
+        (9, 0.0009500179863303882, 0.047963999953206556),
+        (10, 0.0009998986293786, 0.04971127240897121),
+        (30, 0.0008774605824675117, 0.11650238635897699),
+        (50, 0.0005786384895696651, 0.22282607096534862),
+        (75, 0.00017281778159634602, 0.34925663154705805),
+        (99, 1.1014922368712136e-06, 0.3999703748959069),
+    ):
+        steps = slice(epoch * 2502, (epoch + 1) * 2502)
+        assert lr[steps].mean() == pytest.approx(train_lr, rel=1e-9)
+        assert wd[steps].mean() == pytest.approx(train_wd, rel=1e-9)
+
+
+def test_a_step_takes_the_same_images_whatever_the_world_and_the_start():
+    def keys(world, start=0):
+        args = simdino.parse_args(["--batch_size_per_gpu", str(12 // world)])
+        args.global_batch = 12
+        ranks = [simdino.batches(50, args, start, 8, rank) for rank in range(world)]
+        return [[*chain(*parts)] for parts in zip(*ranks)]
+
+    alone = keys(1)
+    assert keys(2) == alone and keys(3) == alone and keys(2, start=5) == alone[5:]
+    epochs = [[*chain(*alone[:4])], [*chain(*alone[4:])]]
+    assert all(len(set(epoch)) == 48 for epoch in epochs)
+    assert set(np.array(epochs[0]) // 50) == {0} and set(np.array(epochs[1]) // 50) == {1}
+
+
+def test_knn_counts_weighted_votes():
+    train = F.normalize(torch.randn(200, 8), dim=-1), torch.arange(200) % 5
+    val = F.normalize(torch.randn(60, 8), dim=-1), torch.arange(60) % 5
+    hits = 0
+    for z, y in zip(*val):
+        cosines = sorted(((z @ t).item(), label.item()) for t, label in zip(*train))[-20:]
+        votes = [sum(math.exp(c / 0.07) for c, label in cosines if label == k) for k in range(5)]
+        hits += int(np.argmax(votes)) == y
+    assert simdino.knn_accuracy(train, val) == pytest.approx(100 * hits / 60)
+
+
+def test_official_flags_mean_what_they_mean_there(monkeypatch):
+    official = "--arch vit_base --patch_size 16 --local_crops_number 10 --eps 0.05 --coeff 1"
+    args = simdino.parse_args([*shlex.split(official), "--data_path", "x", "--output_dir", "y"])
+    assert args.eps_sq == pytest.approx(0.05), "one GPU: eps^2 = eps on the whole batch of 64"
+    monkeypatch.setattr(simdino, "WORLD", 8)
+    args = simdino.parse_args([*shlex.split(official), "--data_path", "x", "--output_dir", "y"])
+    assert args.eps_sq == pytest.approx(0.4) and args.group_size == 64
+    recipe = args.lr, args.epochs, args.warmup_epochs, args.momentum_teacher, args.clip_grad
+    assert recipe == (5e-4, 100, 10, 0.996, 3.0)
+
+
+def test_step_flops_count_the_products_of_the_backbone():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = simdino.parse_args(
+        ["--arch", "vit_tiny", "--local_crops_number", "0", "--data_path", "x"]
+    )
+    model = simdino.VisionTransformer(**simdino.ARCHS["vit_tiny"]).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    assert simdino.step_flops(args) == pytest.approx(8 * counter.get_total_flops(), rel=0.01)
+
+
+# -------------------------------------------------------------------------------- when things go wrong
+
+
+def expect_stop(monkeypatch, capsys, *flags):
+    """Run, expect one line and a status of 1 or 2; -> the line."""
+    with pytest.raises(SystemExit) as stopped:
+        train(monkeypatch, *flags)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--arch", "resnet"], "--arch"),
+        (["--local_crops_size", "15"], "--local_crops_size 15 is not a multiple of --patch_size 8"),
+        (["--global_crops_size", "0"], "--global_crops_size 0"),
+        (["--global_crops_scale", "0.9", "0.1"], "--global_crops_scale"),
+        (["--eps_sq", "0"], "--eps_sq 0"),
+        (["--eps", "-1"], "--eps"),
+        (["--lr", "nan"], "--lr"),
+        (["--gamma", "x"], "--gamma"),
+        (["--batch_size_per_gpu", "64"], "fewer than one batch of 64"),
+        (["--batch_size_per_gpu", "9", "--group_size", "6"], "--group_size 6 does not divide"),
+        (["--warmup_epochs", "4"], "--warmup_epochs"),
+        (["--seed", "-1"], "--seed"),
+        (["--data_path", "/nowhere"], "/nowhere is not a folder"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
+    ],
+)
+def test_bad_arguments_get_one_line(monkeypatch, capsys, pictures, tmp_path, flags, named):
+    base = [*TINY, "--data_path", pictures, "--output_dir", tmp_path / "out"]
+    assert named in expect_stop(monkeypatch, capsys, *base, *flags)
+
+
+def test_folders_without_readable_images_get_one_line(monkeypatch, capsys, tmp_path):
+    flags = [*TINY, "--output_dir", tmp_path / "out", "--data_path", tmp_path / "data"]
+    (tmp_path / "data").mkdir()
+    assert "has 0 images" in expect_stop(monkeypatch, capsys, *flags)
+    for i in range(20):
+        (tmp_path / "data" / f"{i}.jpg").write_bytes(b"rubbish")
+    assert "can be read" in expect_stop(monkeypatch, capsys, *flags)
+
+
+def test_flat_folders_and_class_folders_train_without_labels(monkeypatch, pictures, tmp_path):
+    class_folders = pictures / "train"
+    flat = class_folders / "kind0"
+    for name, folder in (("a", class_folders), ("b", flat)):
+        flags = [*TINY, "--output_dir", tmp_path / name, "--data_path", folder]
+        train(monkeypatch, *flags, "--max_steps", 1)
+        assert log_of(tmp_path / name)[0]["knn"] is None
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/simdino_was_here",)
+
+
+def test_checkpoints_that_cannot_be_resumed_are_left_as_they_are(
+    monkeypatch, capsys, finished, pictures, tmp_path
+):
+    good = (finished[0] / "checkpoint.pth").read_bytes()
+    path, flags = tmp_path / "checkpoint.pth", [*TINY, "--data_path", pictures]
+    flags += ["--output_dir", tmp_path]
+    torch.save({"student": Code()}, tmp_path / "hostile")
+    torch.save([1, 2], tmp_path / "other")
+    hostile, other = ((tmp_path / name).read_bytes() for name in ("hostile", "other"))
+    for content in (b"", b"junk", good[: len(good) // 2], good[:-10], hostile, other):
+        path.write_bytes(content)
+        assert str(path) in expect_stop(monkeypatch, capsys, *flags)
+        assert path.read_bytes() == content
+    assert not Path("/tmp/simdino_was_here").exists()
+    path.write_bytes(good)
+    for change in (["--arch", "vit_tiny"], ["--patch_size", "16"], ["--hidden_dim", "16"]):
+        message = expect_stop(monkeypatch, capsys, *flags, *change)
+        assert "checkpoint.pth" in message and path.read_bytes() == good
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    monkeypatch, capsys, pictures, tmp_path
+):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path]
+    train(monkeypatch, *flags, "--max_steps", 3)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    message = expect_stop(monkeypatch, capsys, *flags, "--lr", "1e30")
+    assert "at step 4" in message or "after step" in message or "at step 5" in message
+    assert "--lr" in message
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_collapse_is_announced(monkeypatch, capsys, pictures, tmp_path):
+    train(monkeypatch, *TINY, "--data_path", pictures, "--output_dir", tmp_path, "--gamma", 0)
+    assert "effective rank 1." in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_training_on_a_gpu(monkeypatch, pictures, tmp_path, amp):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--amp", amp, "--compile"]
+    train(monkeypatch, *flags)
+    assert all(math.isfinite(entry["train_loss"]) for entry in log_of(tmp_path))
+    assert all(
+        name.split(".")[0] in ("backbone", "head") for name in weights_of(tmp_path)["teacher"]
+    )

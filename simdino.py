@@ -1,9 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""SimDINO: self-supervised learning by DINO's self-distillation, kept from collapse by one explicit term.
+"""SimDINO: DINO without prototypes, centering, sharpening or temperatures, in one file.
 
-    loss = 1/2 |z_s - z_t|^2 - gamma R_eps(Z),     R_eps(Z) = 1/2 logdet(I + d / (n eps^2) Z'Z)
+An image gives V views: 2 global crops and several local ones. The student, a ViT with a 3-layer
+head, maps all of them to unit vectors z_s; the teacher, a moving average (EMA) of the student,
+maps the global ones to z_t. Views of one image are pulled together, images are kept apart:
+
+    loss = mean 1/2 |z_s - z_t|^2 - gamma R_eps(Z)     mean: (global, other view) pairs of an image
+    R_eps(Z) = 1/2 logdet(I + d / (n eps^2) Z'Z)       coding rate of n rows of d numbers
+
+    torchrun simdino.py                                               # the built-in data
+    torchrun --nproc_per_node=8 simdino.py --data_path /imagenet      # the paper's ImageNet recipe
+    torchrun simdino.py --data_path FOLDER --arch vit_small           # any folder of images
+
+@@HEADLINE@@
 
 "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
+"Official" below is the authors' code, github.com/RobinWu218/SimDINO.
 """
 
 import argparse
@@ -17,6 +29,7 @@ import sys
 import time
 from collections import OrderedDict
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +41,11 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils.benchmark import Timer
+
+RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 # ----------------------------------------------------------------------------------------- the loss
 
@@ -35,26 +53,26 @@ from torch import nn
 def coding_rate(z, eps_sq):
     """Coding rate R = 1/2 logdet(I + d / (n eps^2) Z'Z) of n unit rows, in nats: paper, eq. (8).
 
-    z: (..., n, d); eps_sq: squared quantisation error, > 0. Returns (...). Large when the rows
-    spread over many directions, near its minimum when they are all alike.
+    z: (..., n, d); eps_sq: squared quantisation error, > 0. Returns (...): smallest when all rows
+    are alike, largest when they are orthogonal.
     """
     n, d = z.shape[-2:]
     gram = z @ z.mT if n < d else z.mT @ z  # ZZ' and Z'Z share their non-zero spectrum
     eye = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
     factor, _ = torch.linalg.cholesky_ex(eye + d / (n * eps_sq) * gram)  # _ex: no wait for the GPU
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # 1/2 logdet(LL') = sum log diag(L)
 
 
 class SimDINOLoss(torch.nn.Module):
-    """-coeff * comp - gamma * R: what pulls views together and what keeps images apart.
+    """loss = -coeff * comp - gamma * R: the equation above (coeff 1), less its constant 1.
 
-    comp is the mean cosine over all (teacher global view, student view) pairs but the same-view
-    ones (1/2 |z_s - z_t|^2 = 1 - cosine), R the mean coding rate of the global views' features.
-
-    eps_sq: eps^2 of the coding rate. group_size: rows whose rate is taken together, cut in rank
-    order from the global batch; None: the whole batch. gamma: weight of R; None: the official
-    (d + n) / (d n), n rows in the global batch. expa_type: R of the student's features (0), or of
-    (student + teacher) / 2 (1).
+    comp ("compression", the official name): mean cosine over the pairs of a teacher's global view
+    and another view of the student's; 1/2 |z_s - z_t|^2 = 1 - cosine for unit rows.
+    R: mean coding rate over the 2 global views and over groups of group_size rows, cut in rank
+    order from the global batch (None: the global batch is one group); expa ("expansion") = gamma R.
+    expa_type: R of the student's rows (0), or of (student + teacher) / 2 (1, the official default),
+    which are shorter than 1 where the two disagree.
+    gamma: None for the official (d + n) / (d n), with n the global batch, not the group.
     """
 
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
@@ -69,19 +87,19 @@ class SimDINOLoss(torch.nn.Module):
         self.gamma, self.expa_type = gamma, expa_type
 
     def forward(self, student, teacher, with_rank=True):
-        """student (V, B, d), its two global views first; teacher (2, B, d); unit rows.
+        """student (V, B, d), its 2 global views first, teacher (2, B, d): unit rows.
 
-        Returns the loss and detached scalars: comp, expa = gamma R, and, with_rank, the effective
-        rank of the global batch, exp(entropy of the spectrum): 1 when all rows are alike.
+        Returns the loss and detached scalars: comp, expa and, with_rank, the effective rank of the
+        global batch's rows, exp(entropy of their spectrum): 1 when all are alike. The rank makes
+        the host wait for the device. ValueError if groups do not divide the global batch.
         """
         with torch.autocast(student.device.type, enabled=False):  # a log-determinant needs float32
             dtype = torch.promote_types(student.dtype, torch.float32)
             student, teacher = student.to(dtype), teacher.detach().to(dtype)
-            views, batch, d = student.shape
+            views, _, d = student.shape
 
-            s, t = (x / x.norm(dim=-1, keepdim=True) for x in (student, teacher))
-            pairs = (t.sum(0) * s.sum(0)).sum() - (t * s[:2]).sum()  # all, less the same-view ones
-            comp = pairs / (batch * (2 * views - 2))
+            cosine = torch.cosine_similarity(teacher[:, None], student, dim=-1).mean(-1)  # (2, V)
+            comp = (cosine.sum() - cosine.diagonal().sum()) / (2 * views - 2)  # not the same view
 
             z = student[:2] if self.expa_type == 0 else (student[:2] + teacher) / 2
             z = self.gather(z)  # (2, n, d)
@@ -95,7 +113,8 @@ class SimDINOLoss(torch.nn.Module):
             stats = {"comp": comp.detach(), "expa": expa.detach()}
             if with_rank:
                 rows = z.detach().flatten(0, 1)
-                p = torch.linalg.eigvalsh((rows.mT @ rows).nan_to_num()).clamp(min=1e-12)
+                gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
+                p = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
                 p = p / p.sum()
                 stats["rank"] = (-(p * p.log()).sum()).exp()
         return -self.coeff * comp - expa, stats
@@ -103,13 +122,13 @@ class SimDINOLoss(torch.nn.Module):
     @staticmethod
     def gather(z):
         """All ranks' rows (..., B, d) -> (..., n, d), in rank order; this rank's carry gradient."""
-        dist = torch.distributed
+        dist = torch.distributed  # by its full name, so that the class can be copied alone
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return z
         world, own = dist.get_world_size(), z.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(world)]
         dist.all_gather(parts, own)
-        # The value of z with world times its gradient: DDP averages what R needs summed.
+        # The value of z, world times its gradient: DDP averages over ranks, R needs the sum.
         parts[dist.get_rank()] = own + world * (z - own)
         return torch.cat(parts, dim=-2)
 
@@ -150,17 +169,17 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        layers = OrderedDict(
-            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(  # the names are timm's
+            OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         )
-        self.mlp = nn.Sequential(layers)
 
     def forward(self, x, keep=None):
-        """keep: (2, B, 1, 1) weight of each residual branch for each sample, None for 1."""
-        for i, branch in enumerate((self.attn, self.mlp)):
-            y = branch((self.norm1, self.norm2)[i](x))
-            x = x + y if keep is None else torch.addcmul(x, keep[i], y)
-        return x
+        """keep: (2, B, 1, 1), weight of each sample's two branches in stochastic depth; None: 1."""
+        if keep is None:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        x = torch.addcmul(x, keep[0], self.attn(self.norm1(x)))  # x + keep * branch
+        return torch.addcmul(x, keep[1], self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(nn.Module):
@@ -177,13 +196,13 @@ class VisionTransformer(nn.Module):
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         self.patch_size, self.side = patch_size, img_size // patch_size
-        self.patch_embed = nn.Sequential()
-        self.patch_embed.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        # Stochastic depth: deeper branches are dropped more often.
+        # Stochastic depth, its rate rising to the last block; a CPU tensor, as the draws are.
         self.drop_path = torch.linspace(0, drop_path_rate, depth).view(-1, 1, 1, 1, 1)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -195,12 +214,13 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         cls, grid = self.pos_embed.split([1, self.side**2], dim=1)
         grid = grid.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
-        # DINO's 0.1 moves the samples a little; official weights were trained with it.
+        # DINO adds 0.1 against rounding; it moves the samples, and its weights were trained so.
         factor = ((h + 0.1) / self.side, (w + 0.1) / self.side)
         grid = F.interpolate(grid, scale_factor=factor, mode="bicubic")
         return torch.cat([cls, grid.flatten(2).mT], dim=1)
 
     def prepare_tokens(self, x):
+        """(B, 3, H, W) -> (B, 1 + N, D): CLS and patch tokens with their position embedding."""
         h, w = x.shape[-2:]
         if h % self.patch_size or w % self.patch_size:
             raise ValueError(f"{h} x {w} pixels: not multiples of patch size {self.patch_size}")
@@ -217,9 +237,11 @@ class VisionTransformer(nn.Module):
         if self.training and self.drop_path.any():
             p = 1 - self.drop_path.expand(-1, 2, len(x), 1, 1)
             keep = (torch.bernoulli(p) / p).to(x, non_blocking=True)
-        for block, weights in zip(self.blocks, keep):
-            x = block(x, weights)
+        for block, kept in zip(self.blocks, keep):
+            x = block(x, kept)
         return self.norm(x)[:, 0]
+
+    # The next two are not used in training: for evaluation and pictures.
 
     def get_intermediate_layers(self, x, n=1):
         """Normed tokens (B, 1 + N, D), CLS first, of the last n blocks, as a list."""
@@ -301,24 +323,22 @@ class MultiCrop:
         local_scale=(0.05, 0.4),
         local_crops=10,
     ):
-        self.sizes = [global_size] * 2 + [local_size] * local_crops
-        self.scales = np.array([global_scale] * 2 + [local_scale] * local_crops)
+        self.crops = [(global_size, global_scale)] * 2 + [(local_size, local_scale)] * local_crops
 
     def __call__(self, image):
         height, width = image.shape[1:]
-        draws = torch.rand(4, len(self.sizes), 10, dtype=torch.float64)  # 10 tries a view
-        share, aspect, top, left = draws.numpy()
-        low, high = self.scales.T[..., None]
-        area = height * width * (low + (high - low) * share)
-        ratio = (4 / 3) ** (2 * aspect - 1)  # uniform in its logarithm
-        h, w = np.sqrt(area / ratio).round(), np.sqrt(area * ratio).round()
-        tries = np.arange(len(h)), ((h <= height) & (w <= width)).argmax(1)  # the first that fits
-        h = h[tries].clip(1, height).astype(int)
-        w = w[tries].clip(1, width).astype(int)
-        y = (top[tries] * (height - h + 1)).astype(int)
-        x = (left[tries] * (width - w + 1)).astype(int)
-        crops = zip(self.sizes, y, x, y + h, x + w)
-        return [resize(image[:, a:c, b:d], size, size) for size, a, b, c, d in crops]
+        views, draws = [], torch.rand(len(self.crops), 10, 4, dtype=torch.float64).tolist()
+        for (size, (low, high)), tries in zip(self.crops, draws):
+            for share, aspect, top, left in tries:
+                area = height * width * (low + (high - low) * share)
+                ratio = (4 / 3) ** (2 * aspect - 1)  # uniform in its logarithm
+                h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+                if h <= height and w <= width:
+                    break
+            h, w = min(max(h, 1), height), min(max(w, 1), width)  # where none of 10 tries fits
+            y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
+            views.append(resize(image[:, y : y + h, x : x + w], size, size))
+        return views
 
 
 def center_crop(image, size):
@@ -332,8 +352,7 @@ def center_crop(image, size):
 
 
 def normalize(x):
-    """uint8 (B, 3, H, W), or float in [0, 1] -> zero mean and unit variance over ImageNet."""
-    x = x / 255 if x.dtype == torch.uint8 else x
+    """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
     mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
     return (x - mean) / std
 
@@ -350,11 +369,12 @@ def blend(x, other, factor):
 def adjust_hue(x, shift):
     """Rotate the hue of x, (B, 3, H, W) in [0, 1], by shift (B, 1, 1, 1) turns, through HSV."""
     value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
-    r, g, b = (x / chroma.clamp(min=1e-8)).split(1, dim=1)
-    v = value / chroma.clamp(min=1e-8)
-    hue = torch.where(v == r, g - b, torch.where(v == g, 2 + b - r, 4 + r - g)) + 6 * shift
-    sector = (hue + 5 - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)) % 6
-    return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
+    r, g, b = x.split(1, dim=1)
+    hue = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
+    hue = torch.where(value == r, g - b, hue) / chroma.clamp(min=1e-8) + 6 * shift
+    # HSV to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (hue + 5, 3, 1 for R, G, B) mod 6
+    k = (hue + 5 - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def gaussian_blur(x, sigma, radius=6):
@@ -391,24 +411,24 @@ def augment(views, generator=None):
     DINO's photometric augmentation, one set of random parameters an image: flip, colour jitter in
     an order drawn once a batch, grayscale, blur, solarise. Each operation equals torchvision's.
     """
-    source = "cpu" if generator is None else generator.device  # draw there, send in one copy
-    batch, first, out = len(views[0]), 0, []
+    batch, start, out = len(views[0]), 0, []
+    chances = [(1.0, 0.0), (0.1, 0.2)] + [(0.5, 0.0)] * (len(views) - 2)  # of blur, of solarise
+    source = "cpu" if generator is None else generator.device  # drawn there, sent in one copy
     for _, run in groupby(views, key=lambda view: view.shape[-2:]):  # one pass a resolution
         x = torch.cat(list(run)) / 255
-        view = (first + torch.arange(len(x)) // batch).clamp(max=2)  # 2: any local view
-        first += len(x) // batch
-        p_blur, p_solarize = torch.tensor([[1.0, 0.1, 0.5], [0.0, 0.2, 0.0]])[:, view].to(source)
+        last = start + len(x) // batch
+        p = torch.tensor(chances[start:last], device=source).repeat_interleave(batch, dim=0)
+        start = last
         u = torch.rand(10, len(x), device=source, generator=generator)
         order = torch.randperm(4, device=source, generator=generator).tolist()
-        shift = torch.where(u[0] < 0.8, 2 * u[1:5] - 1, 0)  # 0: no jitter
-        sigma = torch.where(u[5] < p_blur, 0.1 + 1.9 * u[6], 1e-3)  # 1e-3: no blur
-        drawn = torch.stack([*shift, u[7] < 0.5, u[8] < 0.2, u[9] < p_solarize, sigma])
-        *shift, flip, gray, solarize, sigma = drawn[..., None, None, None].to(
-            x.device, non_blocking=True
-        )
+        shift = (2 * u[:4] - 1) * (u[4] < 0.8)  # 0: no jitter
+        sigma = torch.where(u[5] < p[:, 0], 0.1 + 1.9 * u[6], 1e-3)  # 1e-3: no blur
+        drawn = torch.stack([*shift, sigma, u[7] < 0.5, u[8] < 0.2, u[9] < p[:, 1]])
+        drawn = drawn[..., None, None, None].to(x.device, non_blocking=True)
+        brightness, contrast, saturation, hue, sigma, flip, gray, solarize = drawn
         x = torch.where(flip > 0, x.flip(-1), x)
-        factors = (1 + a * b for a, b in zip((0.4, 0.4, 0.2), shift))
-        x = jitter(x, order, *factors, 0.1 * shift[3])
+        factors = 1 + 0.4 * brightness, 1 + 0.4 * contrast, 1 + 0.2 * saturation, 0.1 * hue
+        x = jitter(x, order, *factors)
         x = gaussian_blur(torch.where(gray > 0, to_gray(x), x), sigma.flatten())
         x = torch.where((solarize > 0) & (x >= 128 / 255), 1 - x, x)
         out += normalize(x).split(batch)
@@ -416,7 +436,9 @@ def augment(views, generator=None):
 
 
 class Images(torch.utils.data.Dataset):
-    """images[epoch * len + i] -> transform(image i), its label, i, unreadable files passed over.
+    """images[epoch * len + i] -> transform(image i), its label, -1.
+
+    In place of an unreadable image comes the next one that can be read, and i in place of -1.
 
     What transform draws at random depends on (seed, epoch, i) alone, not on the worker.
     """
@@ -430,7 +452,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = divmod(key, len(self))
-        torch.manual_seed(fold(self.seed, epoch, index))
+        torch.manual_seed(seed_from(self.seed, epoch, index))
         for skipped in range(len(self)):
             used = (index + skipped) % len(self)
             with suppress(Exception):  # there is no end to what a decoder may raise
@@ -438,25 +460,25 @@ class Images(torch.utils.data.Dataset):
                 break
         else:
             raise RuntimeError(f"none of {len(self)} images can be read: {self.paths[index]}, ...")
-        return self.transform(image), self.labels[used], index, skipped
+        return self.transform(image), self.labels[used], index if skipped else -1
 
 
-def fold(*key):
-    """One 32-bit seed of several numbers, none below 0."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+def seed_from(*numbers):
+    """One 32-bit seed from several non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def find_images(root):
-    """Paths of the images below root, sorted, and of each the name of its folder in root or ""."""
+    """Paths of the images below root, sorted, and for each the name of its folder in root, or "."."""
     Image.init()
-    paths = sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if Image.EXTENSION.get(os.path.splitext(name)[1].lower()) in Image.OPEN
-    )
-    parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
-    return paths, [part[0] if len(part) > 1 else "" for part in parts]
+    found = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        label = os.path.relpath(folder, root).split(os.sep)[0]
+        for name in names:
+            if Image.EXTENSION.get(os.path.splitext(name)[1].lower()) in Image.OPEN:
+                found.append((os.path.join(folder, name), label))
+    found.sort()
+    return [path for path, _ in found], [label for _, label in found]
 
 
 def draw_pattern(kind, rng, size=32, oversample=2):
@@ -493,42 +515,42 @@ def draw_pattern(kind, rng, size=32, oversample=2):
 
 def render_patterns(root):
     """The built-in data: PNG files root/{train,val}/<kind>/<number>.png, always the same ones."""
-    partial_root = Path(f"{root}.partial")
+    temporary = Path(f"{root}.partial")
     for split, count in ("train", 320), ("val", 80):
         for kind in range(10):
-            folder = partial_root / split / str(kind)
+            folder = temporary / split / str(kind)
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 rng = np.random.default_rng((split == "val", kind, number))
                 draw_pattern(kind, rng).save(folder / f"{number:03}.png")
-    partial_root.rename(root)
+    temporary.rename(root)
 
 
 # ------------------------------------------------------------------------------------ the evaluation
 
 
 @torch.no_grad()
-def embed(encode, images, args, device):
-    """Unit features (n, D) and labels (n,) of all images on every rank, the ranks sharing the work."""
-    n = len(images)
-    share = [i % n for i in range(RANK, math.ceil(n / WORLD) * WORLD, WORLD)]  # equally long
-    loader = torch.utils.data.DataLoader(images, 256, sampler=share, num_workers=args.num_workers)
+def embed(encode, split, args, device):
+    """Unit features (n, D) and labels (n,) of split = (paths, labels), gathered on every rank."""
+    images = Images(*split, partial(center_crop, size=args.global_crops_size))
+    n, share = len(images), math.ceil(len(images) / WORLD)
+    indices = [i % n for i in range(RANK * share, (RANK + 1) * share)]  # the surplus is cut below
+    loader = torch.utils.data.DataLoader(images, 256, sampler=indices, num_workers=args.num_workers)
     rows = []
-    for x, label, *_ in loader:
-        z = encode(normalize(x.to(device)))
-        rows.append((F.normalize(z.float(), dim=-1), label.to(device)))
-    columns = [torch.cat(column) for column in zip(*rows)]
-    if WORLD > 1:
-        for i, own in enumerate(columns):
-            parts = [torch.empty_like(own) for _ in range(WORLD)]
-            dist.all_gather(parts, own)
-            columns[i] = torch.stack(parts, dim=1).flatten(0, 1)[:n]
-    return columns
+    for x, label, _ in loader:
+        z = encode(normalize(x.to(device) / 255))
+        rows.append((F.normalize(z.float(), dim=-1), label.to(device)[:, None]))
+    z, labels = (SimDINOLoss.gather(torch.cat(column))[:n] for column in zip(*rows))
+    return z, labels.flatten()
 
 
 def knn_accuracy(train, val, k=20, temperature=0.07):
-    """Per cent of val that a weighted vote of train gets right; each (unit features, labels)."""
-    (bank, labels), hits = train, 0
+    """Top-1 accuracy on val in per cent, neighbours in train voting with exp(cosine / temperature).
+
+    train, val: unit features (n, D) and labels (n,).
+    """
+    bank, labels = train
+    hits = 0
     for z, y in zip(*(column.split(1024) for column in val)):
         cosine, nearest = (z @ bank.mT).topk(min(k, len(bank)))
         votes = torch.zeros(len(z), int(labels.max()) + 1, device=z.device)
@@ -538,8 +560,6 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
 
 
 # -------------------------------------------------------------------------------------- the training
-
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 
 OPTIONS = {  # name: (default on the built-in data, the paper's on ImageNet, help)
     "arch": ("vit_nano", "vit_base", "backbone, one of " + ", ".join(ARCHS)),
@@ -566,11 +586,7 @@ OPTIONS = {  # name: (default on the built-in data, the paper's on ImageNet, hel
     "weight_decay_end": (0.04, 0.4, "weight decay at the end"),
     "clip_grad": (3.0, 3.0, "largest gradient norm of each parameter tensor; 0: any"),
     "momentum_teacher": (0.8, 0.996, "momentum of the EMA teacher at the start; 1 at the end"),
-    "amp": (
-        "auto",
-        "auto",
-        "bf16, fp16, off; auto: bf16 on GPUs that have it or fp16, off on CPUs",
-    ),
+    "amp": ("auto", "auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
     "num_workers": (1, 10, "data loading processes of each training process"),
     "saveckp_freq": (0, 10, "keep a copy of the checkpoint every so many epochs; 0: never"),
     "eval_freq": (4, 10, "k-NN accuracy every so many epochs, if there are labels; 0: never"),
@@ -580,16 +596,13 @@ OPTIONS = {  # name: (default on the built-in data, the paper's on ImageNet, hel
 
 
 def stop(message):
-    """To be raised: the end of the run with one line on the terminal and status 1."""
-    return SystemExit(f"simdino.py: {message}" if RANK == 0 else 1)
+    """End the run with one line on the terminal and status 1."""
+    raise SystemExit(f"simdino.py: {message}" if RANK == 0 else 1)
 
 
 def parse_args(argv=None):
-    def error(message):
-        raise stop(message)
-
     parser = argparse.ArgumentParser(description="SimDINO. Defaults: [built-in data | --data_path]")
-    parser.error = error  # one line, no usage
+    parser.error = stop
     parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
     parser.add_argument("--output_dir", default="output_simdino", help="of checkpoint.pth, log.txt")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
@@ -607,41 +620,46 @@ def parse_args(argv=None):
             setattr(args, name, imagenet if args.data_path else built_in)
 
     args.global_batch = args.batch_size_per_gpu * WORLD
-    group = min(args.group_size or args.global_batch, args.global_batch)
+    args.group_size = min(args.group_size or args.global_batch, args.global_batch)
     if args.eps is not None:
-        args.eps_sq = args.eps * args.global_batch / group
+        args.eps_sq = args.eps * args.global_batch / args.group_size
     positive = (
-        "patch_size hidden_dim global_crops_size local_crops_size eps_sq epochs lr global_batch"
+        "patch_size hidden_dim global_crops_size local_crops_size eps_sq epochs lr group_size"
     )
     for name, value in vars(args).items():
         least = 1e-12 if name in positive.split() else 0
         if isinstance(value, (int, float)) and not value >= least:
-            raise stop(f"--{name} {value} is too small")
+            stop(f"--{name} {value} is too small")
         if name.endswith("crops_size") and value % args.patch_size:
-            raise stop(f"--{name} {value} is not a multiple of --patch_size {args.patch_size}")
+            stop(f"--{name} {value} is not a multiple of --patch_size {args.patch_size}")
         if name.endswith("crops_scale") and not 0 < value[0] <= value[1] <= 1:
-            raise stop(f"--{name} takes two numbers, 0 < LOW <= HIGH <= 1")
+            stop(f"--{name} takes two numbers, 0 < LOW <= HIGH <= 1")
     if args.warmup_epochs >= args.epochs:
-        raise stop(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    if args.global_batch % group:
-        raise stop(f"--group_size {group} does not divide the global batch of {args.global_batch}")
+        stop(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+    for name in ("drop_path_rate", "momentum_teacher"):
+        if getattr(args, name) >= 1:
+            stop(f"--{name} {getattr(args, name)} must be below 1")
+    if args.global_batch % args.group_size:
+        stop(
+            f"--group_size {args.group_size} does not divide the global batch, {args.global_batch}"
+        )
     return args
 
 
 def find_data(root, batch):
-    """-> (train, val), each (paths, labels); val is None without labelled images to judge by."""
+    """-> (train, val), each (paths, labels); val is None if there are no labels."""
     if not root.is_dir():
-        raise stop(f"{root} is not a folder: --data_path needs one of images")
+        stop(f"{root} is not a folder: --data_path needs one of images")
     folder = root / "train" if (root / "train").is_dir() else root
     paths, names = find_images(folder)
     if len(paths) < batch:
-        raise stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
-    kinds = sorted(set(names))
-    train = paths, [kinds.index(name) for name in names]
-    for judge in (root / "val", root / "test"):
-        paths, names = find_images(judge) if folder != root else ([], [])
-        if len(kinds) > 1 and paths and set(names) <= set(kinds):
-            return train, (paths, [kinds.index(name) for name in names])
+        stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
+    classes = {name: label for label, name in enumerate(sorted(set(names)))}
+    train = paths, [classes[name] for name in names]
+    for held_out in (root / "val", root / "test"):
+        paths, names = find_images(held_out) if folder != root else ([], [])
+        if len(classes) > 1 and paths and set(names) <= set(classes):
+            return train, (paths, [classes[name] for name in names])
     return train, None
 
 
@@ -653,7 +671,7 @@ def cosine_schedule(base, final, total_steps, warmup_steps=0):
 
 
 def batches(n, args, start, end, rank=RANK):
-    """For each step, the keys of this rank's block of the global batch: the same for any world."""
+    """Yield for each step the keys, epoch * n + image, of rank's block of the global batch."""
     for step in range(start, end):
         epoch, i = divmod(step, n // args.global_batch)
         if i == 0 or step == start:
@@ -665,36 +683,31 @@ def batches(n, args, start, end, rank=RANK):
 def step_flops(args):
     """Operations of the backbones for one image in a step; a backward pass is two forward ones."""
 
+    width, depth = ARCHS[args.arch]["embed_dim"], ARCHS[args.arch]["depth"]
+
     def forward(size):
-        width, depth = ARCHS[args.arch]["embed_dim"], ARCHS[args.arch]["depth"]
         tokens = (size // args.patch_size) ** 2 + 1
-        blocks = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
-        return blocks + 6 * tokens * args.patch_size**2 * width
+        block = 24 * tokens * width**2 + 4 * tokens**2 * width  # qkv 6, proj 2, mlp 16; QK', AV
+        return depth * block + 6 * tokens * args.patch_size**2 * width
 
     local_views = 3 * args.local_crops_number * forward(args.local_crops_size)
     return local_views + (3 + 1) * 2 * forward(args.global_crops_size)  # student and teacher
 
 
-def matmul_rate(device, dtype, n=8192, repeats=20):
-    """Operations a second of n x n matrix products, measured: what the MFU is a share of."""
-    x = torch.ones(n, n, device=device, dtype=dtype)
-    for _ in range(2):  # once to warm up
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            x @ x
-        torch.cuda.synchronize()
-    return repeats * 2 * n**3 / (time.perf_counter() - start)
+def matmul_rate(device, dtype, n=8192):
+    """Measured operations a second of n x n matrix products: the 100 % of the logged MFU."""
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / Timer("x @ x", globals={"x": x}).timeit(20).mean  # warms up, synchronises
 
 
 def save(path, state):
-    """Write a checkpoint so that path holds a whole one at every instant."""
-    partial_path = path.with_suffix(".partial")
-    with open(partial_path, "wb") as file:
+    """Write to a temporary file, then rename: path is never half written."""
+    temporary = path.with_suffix(".partial")
+    with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    partial_path.replace(path)
+    temporary.replace(path)
 
 
 def restore(path, args, parts):
@@ -710,17 +723,13 @@ def restore(path, args, parts):
     except Exception as error:  # truncated, of something else, or with code inside
         reason = " ".join(str(error).split())[:120]
         message = f"cannot resume {path} ({reason}): move it away, or choose another --output_dir"
-        raise stop(message) from error
+        raise SystemExit(f"simdino.py: {message}") from error
 
 
 def main():
     args = parse_args()
     cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if cuda
-        else torch.device("cpu")
-    )
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1:
@@ -739,31 +748,27 @@ def main():
     n, per_epoch = len(train[0]), len(train[0]) // args.global_batch
     total = args.epochs * per_epoch
     end = min(total, args.max_steps or total)
-    say(
-        f"{n} images to train on, {len(val[0]) if val else 0} to judge by; {total} steps on {device}"
-    )
-    sizes, scales = (
-        (args.global_crops_size, args.local_crops_size),
-        (args.global_crops_scale, args.local_crops_scale),
-    )
+    say(f"{n} training images, {len(val[0]) if val else 0} for k-NN, {total} steps on {device}")
+    sizes = args.global_crops_size, args.local_crops_size
+    scales = args.global_crops_scale, args.local_crops_scale
     images = Images(*train, MultiCrop(*sizes, *scales, args.local_crops_number), args.seed)
     try:
         images[0]
     except RuntimeError as error:  # no image can be read
-        raise stop(error)
+        stop(error)
 
     # Student and teacher
-    torch.manual_seed(fold(args.seed))
+    torch.manual_seed(seed_from(args.seed))
     shape = {"img_size": args.global_crops_size, "patch_size": args.patch_size, **ARCHS[args.arch]}
     backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
     head = ProjectionHead(backbone.norm.weight.numel(), args.hidden_dim)
     student = nn.Sequential(OrderedDict(backbone=backbone, head=head)).to(device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    weights, teacher_weights = list(student.parameters()), list(teacher.parameters())
+    params, teacher_params = list(student.parameters()), list(teacher.parameters())
     loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, args.gamma, args.expa_type)
     groups = [  # no weight decay on biases and norms
-        {"params": [p for p in weights if p.ndim > 1]},
-        {"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in params if p.ndim > 1]},
+        {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, fused=True)
     if args.amp == "auto":
@@ -773,16 +778,12 @@ def main():
     autocast = partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    # How good the features are: before training, where pixels are few enough to compare with
     def knn(encode):
-        crop = partial(center_crop, size=args.global_crops_size)
         with autocast():
-            return knn_accuracy(
-                *(embed(encode, Images(*s, crop), args, device) for s in (train, val))
-            )
+            return knn_accuracy(*(embed(encode, split, args, device) for split in (train, val)))
 
-    judged, baseline = val and args.eval_freq, ""
-    if judged and args.global_crops_size <= 64:
+    monitored, baseline = val and args.eval_freq, ""
+    if monitored and args.global_crops_size <= 64:  # raw pixels of larger images fill the memory
         pixels, untrained = knn(partial(torch.flatten, start_dim=1)), knn(teacher.backbone)
         baseline = f"raw pixels {pixels:.1f} %, random weights {untrained:.1f} %, "
         say(f"k-NN accuracy: {baseline}chance {100 / (max(train[1]) + 1):.1f} %")
@@ -795,8 +796,9 @@ def main():
         say(f"resumed {path} at step {start}")
     if RANK == 0 and log.exists():  # keep the lines of the epochs that are not run again
         log.write_text("".join(log.read_text().splitlines(True)[: start // per_epoch]))
-    for block in [*backbone.blocks, *teacher.backbone.blocks] if args.compile else []:
-        block.compile()
+    if args.compile:
+        for block in (*backbone.blocks, *teacher.backbone.blocks):
+            block.compile()
     model = student
     if WORLD > 1:
         ids = [device.index] if cuda else None
@@ -808,41 +810,40 @@ def main():
     wd = cosine_schedule(args.weight_decay, args.weight_decay_end, total)
     momentum = cosine_schedule(args.momentum_teacher, 1.0, total)
 
+    keys, workers = batches(n, args, start, end), args.num_workers
     loader = torch.utils.data.DataLoader(
-        images,
-        batch_sampler=batches(n, args, start, end),
-        num_workers=args.num_workers,
-        pin_memory=cuda,
+        images, batch_sampler=keys, num_workers=workers, pin_memory=cuda
     )
-    peak = matmul_rate(device, dtype) if cuda else None
-    bad, recent, rows, accuracy = set(), [], [], None
-    data, waited, clock = iter(loader), 0.0, time.perf_counter()
+    matmul_peak = matmul_rate(device, dtype) if cuda else None
+    clear = "\r\033[K" if sys.stdout.isatty() else ""  # rewrites the line
+    record, first = torch.zeros(per_epoch, 4, device=device), start % per_epoch
+    bad, data, waited, clock = set(), iter(loader), 0.0, time.perf_counter()
 
     for step in range(start, end):
         epoch, i = divmod(step, per_epoch)
         epoch_ends = i + 1 == per_epoch or step + 1 == end
-        look = epoch_ends or (i + 1) % 10 == 0  # only these steps wait for the device
+        sync = epoch_ends or (i + 1) % 10 == 0  # only these steps wait for the device
 
-        waited -= time.perf_counter()
-        views, _, index, skipped = next(data)
-        waited += time.perf_counter()
-        unread = {(a + k) % n for a, b in zip(index.tolist(), skipped.tolist()) for k in range(b)}
-        for j in unread - bad:
-            print(f"\nunreadable, another takes its place: {train[0][j]}")
-        bad |= unread
+        asked = time.perf_counter()
+        views, _, replaced = next(data)
+        waited += time.perf_counter() - asked
+        for j in set(replaced.tolist()) - {-1} - bad:
+            print(f"{clear}unreadable, another takes its place: {train[0][j]}")
+            bad.add(j)
 
-        torch.manual_seed(fold(args.seed, step, RANK))  # of augmentation and stochastic depth
+        torch.manual_seed(seed_from(args.seed, step, RANK))  # of augmentation and stochastic depth
         views = augment([view.to(device, non_blocking=True) for view in views])
         with autocast():
-            z_t = teacher(views[:2]).unflatten(0, (2, -1))  # (2, B, d)
+            with torch.no_grad():
+                z_t = teacher(views[:2]).unflatten(0, (2, -1))  # (2, B, d)
             z_s = model(views).unflatten(0, (len(views), -1))  # (V, B, d)
-        loss, stats = loss_fn(z_s, z_t, with_rank=look)
+        loss, stats = loss_fn(z_s, z_t, with_rank=sync)
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if args.clip_grad:  # each tensor by itself, as DINO does
-            grads = [p.grad for p in weights]
+            grads = [p.grad for p in params]
             norms = torch.stack(torch._foreach_norm(grads))
             torch._foreach_mul_(grads, (args.clip_grad / (norms + 1e-6)).clamp(max=1).unbind())
         for group in optimizer.param_groups:
@@ -850,58 +851,56 @@ def main():
         optimizer.param_groups[0]["weight_decay"] = float(wd[step])
         scaler.step(optimizer)
         scaler.update()
-        torch._foreach_lerp_(teacher_weights, weights, 1 - momentum[step])  # the EMA
+        with torch.no_grad():  # the teacher: exponential moving average of the student
+            torch._foreach_lerp_(teacher_params, params, 1 - momentum[step])
 
         distance = (z_s.detach()[:2] - z_t).norm(dim=-1).mean()
-        recent.append(torch.stack([loss.detach(), stats["comp"], stats["expa"], distance]))
-        if not look:
+        record[i] = torch.stack([loss.detach(), stats["comp"], stats["expa"], distance])
+        if not sync:
             continue
-        recent = torch.stack(recent)  # (steps since the last look, 4)
+
+        # Every 10 steps: read the figures of this epoch's steps so far
+        figures = record[first : i + 1] / WORLD
         if WORLD > 1:
-            dist.all_reduce(recent)
-        rows += (recent / WORLD).tolist()
-        recent, rank = [], stats["rank"].item()
-        for k, row in enumerate(rows, step + 1 - len(rows)):
-            if not all(map(math.isfinite, row)):
-                raise stop(
-                    f"the loss is {row[0]} at step {k}; try a lower --lr or --amp off (the last "
-                    "checkpoint stays)"
-                )
-        seconds = time.perf_counter() - clock
-        speed, eta = len(rows) * args.global_batch / seconds, (end - step - 1) * seconds / len(rows)
-        line = f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{total} loss {rows[-1][0]:.3f} "
-        line += f"comp {rows[-1][1]:.3f} expa {rows[-1][2]:.3f} rank {rank:.1f} {speed:.0f} img/s "
-        line += f"ETA {eta // 3600:.0f}:{eta // 60 % 60:02.0f}:{eta % 60:02.0f}"
-        if sys.stdout.isatty():
-            say(f"\r\033[K{line}", end="", flush=True)
+            dist.all_reduce(figures)
+        finite = figures.isfinite().all(1).tolist()
+        if not all(finite):
+            broken = step + 1 - len(finite) + finite.index(False)
+            stop(f"the loss is not finite at step {broken}: try a lower --lr or --amp off")
+        figures, effective_rank = figures.cpu().double().numpy(), stats["rank"].item()
+        steps, seconds = len(figures), time.perf_counter() - clock
+        speed, eta = steps * args.global_batch / seconds, (end - step - 1) * seconds / steps
+        loss, comp, expa, _ = figures[-1]
+        line = f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{total} loss {loss:.3f} comp {comp:.3f} "
+        line += f"expa {expa:.3f} rank {effective_rank:.1f} {speed:.0f} img/s ETA {timedelta(seconds=int(eta))}"
+        if clear:
+            say(clear + line, end="", flush=True)
         if not epoch_ends:
             continue
 
+        # Every epoch: check, evaluate, log, save
         tensors = [x for state in optimizer.state.values() for x in state.values()]
-        if not all(x.isfinite().all() for x in weights + teacher_weights + tensors):
-            raise stop(
-                f"weights are not finite after step {step}; try a lower --lr or --amp off (the last "
-                "checkpoint stays)"
-            )
-        if judged and ((epoch + 1) % args.eval_freq == 0 or step + 1 == end):
+        if not all(x.isfinite().all() for x in params + teacher_params + tensors):
+            stop(f"weights not finite after step {step}: try a lower --lr or --amp off")
+        accuracy = None
+        if monitored and ((epoch + 1) % args.eval_freq == 0 or step + 1 == end):
             accuracy = knn(teacher.backbone)
             line += f" k-NN {accuracy:.1f} %"
-        loss_mean, comp, expa, distance = np.mean(rows, axis=0).tolist()
-        steps = slice(step + 1 - len(rows), step + 1)
+        means, done = figures.mean(0), slice(step + 1 - steps, step + 1)
         used = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
         entry = {
             "epoch": epoch,
-            "train_loss": loss_mean,
-            "train_comp_loss": comp,
-            "train_expa_loss": expa,
-            "train_lr": lr[steps].mean(),
-            "train_wd": wd[steps].mean(),
-            "rank": rank,
-            "dist": distance,
+            "train_loss": means[0],
+            "train_comp_loss": means[1],
+            "train_expa_loss": means[2],
+            "train_lr": lr[done].mean(),
+            "train_wd": wd[done].mean(),
+            "rank": effective_rank,
+            "dist": means[3],
             "knn": accuracy,
             "img_s": speed,
             "data_wait": waited / seconds,
-            "mfu": peak and speed / WORLD * step_flops(args) / peak,
+            "mfu": matmul_peak and speed / WORLD * step_flops(args) / matmul_peak,
             "mem_gb": used / 2**30,
             "bad_images": len(bad),
         }
@@ -913,16 +912,14 @@ def main():
             save(path, state)
             if args.saveckp_freq and epoch % args.saveckp_freq == 0:
                 shutil.copyfile(path, output / f"checkpoint{epoch:04}.pth")
-        say(f"\r\033[K{line}" if sys.stdout.isatty() else line)
-        if rank < 2 and step >= warmup:
-            say(
-                f"warning: effective rank {rank:.2f} (1 is collapse): try a smaller --eps_sq, a "
-                "larger --gamma or batch"
-            )
-        rows, accuracy, waited, clock = [], None, 0.0, time.perf_counter()
+        say(clear + line)
+        if effective_rank < 2 and epoch > 0:
+            say("warning: collapse. Try a smaller --eps_sq, a larger --gamma or a larger batch")
+        first, waited, clock = 0, 0.0, time.perf_counter()
 
-    if judged:
-        say(f"k-NN accuracy: {baseline}trained teacher {knn(teacher.backbone):.1f} %")
+    if monitored:
+        accuracy = knn(teacher.backbone) if start >= end else accuracy
+        say(f"k-NN accuracy: {baseline}trained teacher {accuracy:.1f} %")
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -202,7 +202,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        # Stochastic depth, its rate rising to the last block; a CPU tensor, as the draws are.
+        # Stochastic depth, its rate rising to the last block.
         self.drop_path = torch.linspace(0, drop_path_rate, depth).view(-1, 1, 1, 1, 1)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -235,8 +235,8 @@ class VisionTransformer(nn.Module):
         x = self.prepare_tokens(x)
         keep = [None] * len(self.blocks)
         if self.training and self.drop_path.any():
-            p = 1 - self.drop_path.expand(-1, 2, len(x), 1, 1)
-            keep = (torch.bernoulli(p) / p).to(x, non_blocking=True)
+            p = 1 - self.drop_path.to(x, non_blocking=True).expand(-1, 2, len(x), 1, 1)
+            keep = torch.bernoulli(p) / p
         for block, kept in zip(self.blocks, keep):
             x = block(x, kept)
         return self.norm(x)[:, 0]
@@ -345,6 +345,9 @@ def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size) for evaluation: Resize(256), CenterCrop(224) at size 224."""
     height, width = image.shape[1:]
     short = min(height, width)
+    top, left = max(height - 4 * short, 0) // 2, max(width - 4 * short, 0) // 2
+    image = image[:, top : height - top, left : width - left]  # what is further out is cut anyway
+    height, width = image.shape[1:]
     scale = max(size, min(short, size * 8 // 7)) / short
     image = resize(image, round(height * scale), round(width * scale))
     y, x = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
@@ -551,7 +554,7 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
     """
     bank, labels = train
     hits = 0
-    for z, y in zip(*(column.split(1024) for column in val)):
+    for z, y in zip(*(column.split(256) for column in val)):
         cosine, nearest = (z @ bank.mT).topk(min(k, len(bank)))
         votes = torch.zeros(len(z), int(labels.max()) + 1, device=z.device)
         votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
@@ -597,7 +600,7 @@ OPTIONS = {  # name: (default on the built-in data, the paper's on ImageNet, hel
 
 def stop(message):
     """End the run with one line on the terminal and status 1."""
-    raise SystemExit(f"simdino.py: {message}" if RANK == 0 else 1)
+    raise SystemExit(f"simdino.py: {message}" if LOCAL_RANK == 0 else 1)
 
 
 def parse_args(argv=None):
@@ -620,12 +623,8 @@ def parse_args(argv=None):
             setattr(args, name, imagenet if args.data_path else built_in)
 
     args.global_batch = args.batch_size_per_gpu * WORLD
-    args.group_size = min(args.group_size or args.global_batch, args.global_batch)
-    if args.eps is not None:
-        args.eps_sq = args.eps * args.global_batch / args.group_size
-    positive = (
-        "patch_size hidden_dim global_crops_size local_crops_size eps_sq epochs lr group_size"
-    )
+    positive = "patch_size hidden_dim global_crops_size local_crops_size eps eps_sq epochs lr "
+    positive += "batch_size_per_gpu"
     for name, value in vars(args).items():
         least = 1e-12 if name in positive.split() else 0
         if isinstance(value, (int, float)) and not value >= least:
@@ -639,6 +638,9 @@ def parse_args(argv=None):
     for name in ("drop_path_rate", "momentum_teacher"):
         if getattr(args, name) >= 1:
             stop(f"--{name} {getattr(args, name)} must be below 1")
+    args.group_size = min(args.group_size or args.global_batch, args.global_batch)
+    if args.eps is not None:
+        args.eps_sq = args.eps * args.global_batch / args.group_size
     if args.global_batch % args.group_size:
         stop(
             f"--group_size {args.group_size} does not divide the global batch, {args.global_batch}"
@@ -658,7 +660,7 @@ def find_data(root, batch):
     train = paths, [classes[name] for name in names]
     for held_out in (root / "val", root / "test"):
         paths, names = find_images(held_out) if folder != root else ([], [])
-        if len(classes) > 1 and paths and set(names) <= set(classes):
+        if len(classes) > 1 and paths and "." not in names and set(names) <= set(classes):
             return train, (paths, [classes[name] for name in names])
     return train, None
 
@@ -714,12 +716,12 @@ def restore(path, args, parts):
     """Load parts (student, teacher, optimizer, scaler) from path; returns the steps they have done."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("arch", "patch_size", "global_crops_size", "global_batch"):
+        for name in ("arch", "patch_size", "global_crops_size", "global_batch", "images"):
             if state["args"][name] != getattr(args, name):
                 raise ValueError(f"its {name} is {state['args'][name]}, not {getattr(args, name)}")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return state["step"]
+        return int(state["step"])
     except Exception as error:  # truncated, of something else, or with code inside
         reason = " ".join(str(error).split())[:120]
         message = f"cannot resume {path} ({reason}): move it away, or choose another --output_dir"
@@ -731,12 +733,17 @@ def main():
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise SystemExit(f"simdino.py: no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
         torch.cuda.set_device(device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     say = print if RANK == 0 else lambda *_, **__: None
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"cannot write to --output_dir {output}: {error.strerror}")
 
     # The data
     root = Path(args.data_path or output / "patterns")
@@ -746,14 +753,18 @@ def main():
         dist.barrier()
     train, val = find_data(root, args.global_batch)
     n, per_epoch = len(train[0]), len(train[0]) // args.global_batch
-    total = args.epochs * per_epoch
+    args.images, total = n, args.epochs * per_epoch
     end = min(total, args.max_steps or total)
-    say(f"{n} training images, {len(val[0]) if val else 0} for k-NN, {total} steps on {device}")
+    say(
+        f"{n} training images, {train[0][0]} the first; {len(val[0]) if val else 0} to test k-NN on"
+    )
     sizes = args.global_crops_size, args.local_crops_size
     scales = args.global_crops_scale, args.local_crops_scale
     images = Images(*train, MultiCrop(*sizes, *scales, args.local_crops_number), args.seed)
     try:
         images[0]
+        if val:
+            Images(*val, partial(center_crop, size=args.global_crops_size))[0]
     except RuntimeError as error:  # no image can be read
         stop(error)
 
@@ -780,7 +791,8 @@ def main():
 
     def knn(encode):
         with autocast():
-            return knn_accuracy(*(embed(encode, split, args, device) for split in (train, val)))
+            features = [embed(encode, split, args, device) for split in (train, val)]
+        return knn_accuracy(*features)  # in float32: rounded cosines tie
 
     monitored, baseline = val and args.eval_freq, ""
     if monitored and args.global_crops_size <= 64:  # raw pixels of larger images fill the memory
@@ -794,11 +806,19 @@ def main():
     if path.exists():
         start = restore(path, args, parts)
         say(f"resumed {path} at step {start}")
-    if RANK == 0 and log.exists():  # keep the lines of the epochs that are not run again
-        log.write_text("".join(log.read_text().splitlines(True)[: start // per_epoch]))
+    if WORLD > 1:
+        starts = [None] * WORLD
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            stop("the machines find different checkpoints: --output_dir must be on a shared disk")
+    if RANK == 0 and log.exists() and start < end:  # drop the lines of epochs that run again
+        kept = log.read_text().splitlines(keepends=True)[: start // per_epoch]
+        log.with_suffix(".partial").write_text("".join(kept))
+        log.with_suffix(".partial").replace(log)
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
         for block in (*backbone.blocks, *teacher.backbone.blocks):
-            block.compile()
+            block.compile(dynamic=False)
     model = student
     if WORLD > 1:
         ids = [device.index] if cuda else None
@@ -817,6 +837,7 @@ def main():
     matmul_peak = matmul_rate(device, dtype) if cuda else None
     clear = "\r\033[K" if sys.stdout.isatty() else ""  # rewrites the line
     record, first = torch.zeros(per_epoch, 4, device=device), start % per_epoch
+    idle = torch.cuda.Event() if cuda else None
     bad, data, waited, clock = set(), iter(loader), 0.0, time.perf_counter()
 
     for step in range(start, end):
@@ -826,7 +847,8 @@ def main():
 
         asked = time.perf_counter()
         views, _, replaced = next(data)
-        waited += time.perf_counter() - asked
+        if not cuda or idle.query():  # the device, too, had nothing to do
+            waited += time.perf_counter() - asked
         for j in set(replaced.tolist()) - {-1} - bad:
             print(f"{clear}unreadable, another takes its place: {train[0][j]}")
             bad.add(j)
@@ -856,6 +878,8 @@ def main():
 
         distance = (z_s.detach()[:2] - z_t).norm(dim=-1).mean()
         record[i] = torch.stack([loss.detach(), stats["comp"], stats["expa"], distance])
+        if cuda:
+            idle.record()
         if not sync:
             continue
 
@@ -874,7 +898,7 @@ def main():
         line = f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{total} loss {loss:.3f} comp {comp:.3f} "
         line += f"expa {expa:.3f} rank {effective_rank:.1f} {speed:.0f} img/s ETA {timedelta(seconds=int(eta))}"
         if clear:
-            say(clear + line, end="", flush=True)
+            say(clear + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         if not epoch_ends:
             continue
 
@@ -882,12 +906,16 @@ def main():
         tensors = [x for state in optimizer.state.values() for x in state.values()]
         if not all(x.isfinite().all() for x in params + teacher_params + tensors):
             stop(f"weights not finite after step {step}: try a lower --lr or --amp off")
+        used = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
         accuracy = None
         if monitored and ((epoch + 1) % args.eval_freq == 0 or step + 1 == end):
             accuracy = knn(teacher.backbone)
             line += f" k-NN {accuracy:.1f} %"
+        if WORLD > 1:  # each rank saw its own share
+            shared = [None] * WORLD
+            dist.all_gather_object(shared, bad)
+            bad = set().union(*shared)
         means, done = figures.mean(0), slice(step + 1 - steps, step + 1)
-        used = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
         entry = {
             "epoch": epoch,
             "train_loss": means[0],
@@ -909,12 +937,14 @@ def main():
                 file.write(json.dumps(entry) + "\n")
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step + 1, "epoch": (step + 1) // per_epoch, "args": vars(args)}
-            save(path, state)
             if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                shutil.copyfile(path, output / f"checkpoint{epoch:04}.pth")
+                save(output / f"checkpoint{epoch:04}.pth", state)
+            save(path, state)
         say(clear + line)
         if effective_rank < 2 and epoch > 0:
             say("warning: collapse. Try a smaller --eps_sq, a larger --gamma or a larger batch")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
         first, waited, clock = 0, 0.0, time.perf_counter()
 
     if monitored:

@@ -425,7 +425,7 @@ def test_multicrop_resizes_as_torchvision_does():
     assert np.abs(image.permute(1, 2, 0).numpy() - with_pillow).max() <= 1
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (300, 1), (3, 7)])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 20000), (300, 1), (3, 7)])
 def test_crops_of_degenerate_images(height, width):
     image = torch.full((3, height, width), 77, dtype=torch.uint8)
     assert all((view == 77).all() for view in simdino.MultiCrop(32, 16)(image))
@@ -643,6 +643,7 @@ def test_two_processes_train_on_the_images_of_one(pictures, finished, tmp_path):
     assert weights_of(tmp_path)["step"] == 4
     assert len(log_of(tmp_path)) == 2
     assert result.stdout.count("trained teacher") == 1
+    assert log_of(tmp_path)[-1]["bad_images"] == 1, "on whichever rank it was met"
 
 
 def test_schedules_reproduce_the_official_log():
@@ -732,7 +733,10 @@ def expect_stop(monkeypatch, capsys, *flags):
         (["--global_crops_size", "0"], "--global_crops_size 0"),
         (["--global_crops_scale", "0.9", "0.1"], "--global_crops_scale"),
         (["--eps_sq", "0"], "--eps_sq"),
-        (["--eps", "-1"], "--eps"),
+        (["--eps", "-1"], "--eps -1"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0"),
+        (["--group_size", "-1"], "--group_size -1"),
+        (["--momentum_teacher", "1.5"], "--momentum_teacher"),
         (["--lr", "nan"], "--lr"),
         (["--gamma", "x"], "--gamma"),
         (["--batch_size_per_gpu", "64"], "fewer than one batch of 64"),
@@ -801,6 +805,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     assert "at step 4" in message or "after step" in message or "at step 5" in message
     assert "--lr" in message
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_half_precision_and_one_group_train_on_a_cpu_too(monkeypatch, pictures, tmp_path):
+    flags = [*TINY, "--data_path", pictures, "--group_size", 0, "--epochs", 2]
+    for amp in ("bf16", "fp16"):
+        train(monkeypatch, *flags, "--output_dir", tmp_path / amp, "--amp", amp)
+        assert log_of(tmp_path / amp)[-1]["knn"] is not None
+
+
+def test_the_teacher_stays_outside_the_graph(monkeypatch, pictures, tmp_path):
+    seen, foreach_lerp = [], torch._foreach_lerp_
+
+    def spy(teacher, student, weight):
+        foreach_lerp(teacher, student, weight)
+        seen.extend(p.requires_grad for p in teacher)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", spy)
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--max_steps", 2]
+    train(monkeypatch, *flags)
+    assert seen and not any(seen)
+
+
+def test_a_folder_that_cannot_be_written_gets_one_line(monkeypatch, capsys, pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path / "file"]
+    assert "--output_dir" in expect_stop(monkeypatch, capsys, *flags)
 
 
 def test_collapse_is_announced(monkeypatch, capsys, pictures, tmp_path):

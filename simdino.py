@@ -260,7 +260,7 @@ class VisionTransformer(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Features (..., in_dim) -> unit rows (..., out_dim), in float32: three layers, no prototypes."""
+    """Features (..., in_dim) -> unit rows (..., out_dim) in float32: no prototypes."""
 
     def __init__(self, in_dim, hidden_dim=2048, out_dim=256):
         super().__init__()
@@ -342,7 +342,7 @@ class MultiCrop:
 
 
 def center_crop(image, size):
-    """uint8 (3, H, W) -> (3, size, size) for evaluation: Resize(256), CenterCrop(224) at size 224."""
+    """uint8 (3, H, W) -> (3, size, size): at 224, Resize(256) and CenterCrop(224)."""
     height, width = image.shape[1:]
     short = min(height, width)
     top, left = max(height - 4 * short, 0) // 2, max(width - 4 * short, 0) // 2
@@ -381,7 +381,7 @@ def adjust_hue(x, shift):
 
 
 def gaussian_blur(x, sigma, radius=6):
-    """Blur each image of x (B, 3, H, W) by its own sigma (B,), as two products with band matrices."""
+    """Blur each image of x (B, 3, H, W) by its own sigma (B,): two products with band matrices."""
 
     def band(size):  # (B, size, size), rows sum to 1, borders reflected
         offset = torch.arange(-min(radius, size - 1), min(radius, size - 1) + 1, device=x.device)
@@ -472,7 +472,7 @@ def seed_from(*numbers):
 
 
 def find_images(root):
-    """Paths of the images below root, sorted, and for each the name of its folder in root, or "."."""
+    """Sorted paths of the images below root, and for each the folder in root it is in, or "."."""
     Image.init()
     found = []
     for folder, _, names in os.walk(root, followlinks=True):
@@ -529,7 +529,7 @@ def render_patterns(root):
     temporary.rename(root)
 
 
-# ------------------------------------------------------------------------------------ the evaluation
+# ----------------------------------------------------------------------------------- the evaluation
 
 
 @torch.no_grad()
@@ -562,7 +562,7 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
     return 100 * hits / len(val[1])
 
 
-# -------------------------------------------------------------------------------------- the training
+# ------------------------------------------------------------------------------------- the training
 
 OPTIONS = {  # name: (default on the built-in data, the paper's on ImageNet, help)
     "arch": ("vit_nano", "vit_base", "backbone, one of " + ", ".join(ARCHS)),
@@ -666,7 +666,7 @@ def find_data(root, batch):
 
 
 def cosine_schedule(base, final, total_steps, warmup_steps=0):
-    """(total_steps,) values: linear from 0 to base over the warm-up, then a half cosine to final."""
+    """(total_steps,) values: linear from 0 to base over the warm-up, then half a cosine."""
     progress = np.arange(total_steps - warmup_steps) / (total_steps - warmup_steps)
     cosine = final + (base - final) * (1 + np.cos(np.pi * progress)) / 2
     return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
@@ -713,7 +713,7 @@ def save(path, state):
 
 
 def restore(path, args, parts):
-    """Load parts (student, teacher, optimizer, scaler) from path; returns the steps they have done."""
+    """Load parts (student, teacher, optimizer, scaler) from path; returns the steps done."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("arch", "patch_size", "global_crops_size", "global_batch", "images"):
@@ -755,9 +755,7 @@ def main():
     n, per_epoch = len(train[0]), len(train[0]) // args.global_batch
     args.images, total = n, args.epochs * per_epoch
     end = min(total, args.max_steps or total)
-    say(
-        f"{n} training images, {train[0][0]} the first; {len(val[0]) if val else 0} to test k-NN on"
-    )
+    say(f"{n} training images, {train[0][0]} the first; {len(val[0]) if val else 0} for k-NN")
     sizes = args.global_crops_size, args.local_crops_size
     scales = args.global_crops_scale, args.local_crops_scale
     images = Images(*train, MultiCrop(*sizes, *scales, args.local_crops_number), args.seed)
@@ -895,8 +893,9 @@ def main():
         steps, seconds = len(figures), time.perf_counter() - clock
         speed, eta = steps * args.global_batch / seconds, (end - step - 1) * seconds / steps
         loss, comp, expa, _ = figures[-1]
-        line = f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{total} loss {loss:.3f} comp {comp:.3f} "
-        line += f"expa {expa:.3f} rank {effective_rank:.1f} {speed:.0f} img/s ETA {timedelta(seconds=int(eta))}"
+        line = f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{total} loss {loss:.3f} "
+        line += f"comp {comp:.3f} expa {expa:.3f} rank {effective_rank:.1f} {speed:.0f} img/s "
+        line += f"ETA {timedelta(seconds=int(eta))}"
         if clear:
             say(clear + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         if not epoch_ends:

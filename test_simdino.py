@@ -198,11 +198,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-# --------------------------------------------------------------------- the method's first experiments
+# ------------------------------------------------------------------- the method's first experiments
 
 
 def self_distil(gamma, momentum=0.9, steps=150, unit=True):
-    """SimDINO on noisy views of 64 points; -> student and teacher rows, how far the teacher moved."""
+    """SimDINO on noisy views of 64 points: student rows, teacher rows, the teacher's mean move."""
     torch.manual_seed(0)
     points = torch.randn(64, 16)
     student = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
@@ -714,7 +714,7 @@ def test_step_flops_count_the_products_of_the_backbone():
     assert simdino.step_flops(args) == pytest.approx(8 * counter.get_total_flops(), rel=0.01)
 
 
-# -------------------------------------------------------------------------------- when things go wrong
+# ----------------------------------------------------------------------------- when things go wrong
 
 
 def expect_stop(monkeypatch, capsys, *flags):

@@ -292,7 +292,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 def load_image(path):
     """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation."""
     if str(path).lower().endswith((".jpg", ".jpeg")):
-        try:  # several times faster than Pillow
+        try:  # 1.2 to 1.4 times as fast as Pillow
             data, rgb = torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB
             return torchvision.io.decode_jpeg(data, rgb, apply_exif_orientation=True)
         except (RuntimeError, AttributeError):  # no JPEG inside, or a torchvision without decoders

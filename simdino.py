@@ -591,7 +591,7 @@ OPTIONS = {  # name: (default on the built-in data, the paper's on ImageNet, hel
     "clip_grad": (3.0, 3.0, "largest gradient norm of each parameter tensor; 0: any"),
     "momentum_teacher": (0.8, 0.996, "momentum of the EMA teacher at the start; 1 at the end"),
     "amp": ("auto", "auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
-    "num_workers": (1, 10, "data loading processes of each training process"),
+    "num_workers": (1, min(10, os.cpu_count()), "data loading processes of each training process"),
     "saveckp_freq": (0, 10, "keep a copy of the checkpoint every so many epochs; 0: never"),
     "eval_freq": (4, 10, "k-NN accuracy every so many epochs, if there are labels; 0: never"),
     "max_steps": (0, 0, "stop after so many steps of the schedule set by --epochs; 0: do not"),

@@ -42,8 +42,12 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as TF
+from torchvision.transforms.functional import InterpolationMode
 
+SCRIPT = Path(__file__)
 RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -109,7 +113,7 @@ class SimDINOLoss(torch.nn.Module):
             if n % group:
                 raise ValueError(f"group_size {group} does not divide the global batch of {n}")
             gamma = (d + n) / (d * n) if self.gamma is None else self.gamma
-            expa = gamma * coding_rate(z.view(2, n // group, group, d), self.eps_sq).mean()
+            expa = gamma * coding_rate(z.unflatten(1, (-1, group)), self.eps_sq).mean()
 
             stats = {"comp": comp.detach(), "expa": expa.detach()}
             if with_rank:
@@ -124,13 +128,13 @@ class SimDINOLoss(torch.nn.Module):
     def gather(z):
         """All ranks' rows (..., B, d) -> (..., n, d), in rank order; this rank's carry gradient."""
         dist = torch.distributed  # by its full name, so that the class can be copied alone
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (dist.is_available() and dist.is_initialized()):
             return z
-        world, own = dist.get_world_size(), z.detach().contiguous()
-        parts = [torch.empty_like(own) for _ in range(world)]
+        own = z.detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, own)
         # The value of z, world times its gradient: DDP averages over ranks, R needs the sum.
-        parts[dist.get_rank()] = own + world * (z - own)
+        parts[dist.get_rank()] = own + len(parts) * (z - own)
         return torch.cat(parts, dim=-2)
 
 
@@ -343,16 +347,9 @@ class MultiCrop:
 
 
 def center_crop(image, size):
-    """uint8 (3, H, W) -> (3, size, size): at 224, Resize(256) and CenterCrop(224)."""
-    height, width = image.shape[1:]
-    short = min(height, width)
-    top, left = max(height - 4 * short, 0) // 2, max(width - 4 * short, 0) // 2
-    image = image[:, top : height - top, left : width - left]  # what is further out is cut anyway
-    height, width = image.shape[1:]
-    scale = max(size, min(short, size * 8 // 7)) / short
-    image = resize(image, round(height * scale), round(width * scale))
-    y, x = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-    return image[:, y : y + size, x : x + size]
+    """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small images are not cut."""
+    short = max(size, min(*image.shape[1:], size * 8 // 7))
+    return TF.center_crop(TF.resize(image, short, InterpolationMode.BICUBIC, antialias=True), size)
 
 
 def normalize(x):
@@ -463,7 +460,7 @@ class Images(torch.utils.data.Dataset):
                 image = load_image(self.paths[used])
                 break
         else:
-            raise RuntimeError(f"none of {len(self)} images can be read: {self.paths[index]}, ...")
+            stop(f"none of {len(self)} images can be read: {self.paths[index]}, ...")
         return self.transform(image), self.labels[used], index if skipped else -1
 
 
@@ -473,16 +470,29 @@ def seed_from(*numbers):
 
 
 def find_images(root):
-    """Sorted paths of the images below root, and for each the folder in root it is in, or "."."""
-    Image.init()
-    found = []
+    """Sorted paths of the images below root, and for each the entry of root that it is, or is in."""
+    paths = []
     for folder, _, names in os.walk(root, followlinks=True):
-        label = os.path.relpath(folder, root).split(os.sep)[0]
-        for name in names:
-            if Image.EXTENSION.get(os.path.splitext(name)[1].lower()) in Image.OPEN:
-                found.append((os.path.join(folder, name), label))
-    found.sort()
-    return [path for path, _ in found], [label for _, label in found]
+        paths += [os.path.join(folder, n) for n in names if n.lower().endswith(IMG_EXTENSIONS)]
+    paths.sort()
+    return paths, [os.path.relpath(path, root).split(os.sep)[0] for path in paths]
+
+
+def find_data(root, batch):
+    """-> (train, val), each (paths, labels); val is None if there are no labels."""
+    if not root.is_dir():
+        stop(f"{root} is not a folder: --data_path needs one of images")
+    folder = root / "train" if (root / "train").is_dir() else root
+    paths, names = find_images(folder)
+    if len(paths) < batch:
+        stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
+    classes = {name: label for label, name in enumerate(sorted(set(names)))}
+    train, val = (paths, [classes[name] for name in names]), None
+    for held_out in (root / "test", root / "val"):
+        paths, names = find_images(held_out) if folder != root else ([], [])
+        if paths and set(names) <= set(classes):
+            val = paths, [classes[name] for name in names]
+    return train, val
 
 
 def draw_pattern(kind, rng, size=32, oversample=2):
@@ -597,18 +607,22 @@ OPTIONS = {  # name: (default on the built-in data, the paper's on ImageNet, hel
     "max_steps": (0, 0, "stop after so many steps of the schedule set by --epochs; 0: do not"),
     "seed": (0, 0, "of weights, order, views, augmentation, stochastic depth"),
 }
+POSITIVE = "patch_size hidden_dim global_crops_size local_crops_size eps eps_sq epochs lr "
+POSITIVE += "batch_size_per_gpu"
 
 
 def stop(message):
     """End the run with one line on the terminal and status 1."""
-    raise SystemExit(f"simdino.py: {message}" if LOCAL_RANK == 0 else 1)
+    raise SystemExit(f"{SCRIPT.name}: {message}" if LOCAL_RANK == 0 else 1)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="SimDINO. Defaults: [built-in data | --data_path]")
+    parser = argparse.ArgumentParser(
+        description="defaults: [on the built-in data | on --data_path]"
+    )
     parser.error = stop
     parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
-    parser.add_argument("--output_dir", default="output_simdino", help="of checkpoint.pth, log.txt")
+    parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     choices = {"arch": ARCHS, "amp": ("auto", "bf16", "fp16", "off"), "expa_type": (0, 1)}
     for name, (built_in, imagenet, text) in OPTIONS.items():
@@ -623,47 +637,25 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, imagenet if args.data_path else built_in)
 
-    args.global_batch = args.batch_size_per_gpu * WORLD
-    positive = "patch_size hidden_dim global_crops_size local_crops_size eps eps_sq epochs lr "
-    positive += "batch_size_per_gpu"
     for name, value in vars(args).items():
-        least = 1e-12 if name in positive.split() else 0
+        least = 1e-12 if name in POSITIVE.split() else 0
         if isinstance(value, (int, float)) and not value >= least:
             stop(f"--{name} {value} is too small")
         if name.endswith("crops_size") and value % args.patch_size:
             stop(f"--{name} {value} is not a multiple of --patch_size {args.patch_size}")
-        if name.endswith("crops_scale") and not 0 < value[0] <= value[1] <= 1:
+        if isinstance(value, (list, tuple)) and not 0 < value[0] <= value[1] <= 1:
             stop(f"--{name} takes two numbers, 0 < LOW <= HIGH <= 1")
+        if name in ("drop_path_rate", "momentum_teacher") and value >= 1:
+            stop(f"--{name} {value} must be below 1")
     if args.warmup_epochs >= args.epochs:
         stop(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    for name in ("drop_path_rate", "momentum_teacher"):
-        if getattr(args, name) >= 1:
-            stop(f"--{name} {getattr(args, name)} must be below 1")
-    args.group_size = min(args.group_size or args.global_batch, args.global_batch)
+    args.global_batch = n = args.batch_size_per_gpu * WORLD
+    args.group_size = min(args.group_size or n, n)
+    if n % args.group_size:
+        stop(f"--group_size {args.group_size} does not divide the global batch, {n}")
     if args.eps is not None:
-        args.eps_sq = args.eps * args.global_batch / args.group_size
-    if args.global_batch % args.group_size:
-        stop(
-            f"--group_size {args.group_size} does not divide the global batch, {args.global_batch}"
-        )
+        args.eps_sq = args.eps * n / args.group_size
     return args
-
-
-def find_data(root, batch):
-    """-> (train, val), each (paths, labels); val is None if there are no labels."""
-    if not root.is_dir():
-        stop(f"{root} is not a folder: --data_path needs one of images")
-    folder = root / "train" if (root / "train").is_dir() else root
-    paths, names = find_images(folder)
-    if len(paths) < batch:
-        stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
-    classes = {name: label for label, name in enumerate(sorted(set(names)))}
-    train = paths, [classes[name] for name in names]
-    for held_out in (root / "val", root / "test"):
-        paths, names = find_images(held_out) if folder != root else ([], [])
-        if len(classes) > 1 and paths and "." not in names and set(names) <= set(classes):
-            return train, (paths, [classes[name] for name in names])
-    return train, None
 
 
 def cosine_schedule(base, final, total_steps, warmup_steps=0):
@@ -683,34 +675,37 @@ def batches(n, args, start, end, rank=RANK):
         yield order[first : first + args.batch_size_per_gpu].tolist()
 
 
-def step_flops(args):
-    """Operations of the backbones for one image in a step; a backward pass is two forward ones."""
-
-    width, depth = ARCHS[args.arch]["embed_dim"], ARCHS[args.arch]["depth"]
-
-    def forward(size):
-        tokens = (size // args.patch_size) ** 2 + 1
-        block = 24 * tokens * width**2 + 4 * tokens**2 * width  # qkv 6, proj 2, mlp 16; QK', AV
-        return depth * block + 6 * tokens * args.patch_size**2 * width
-
-    local_views = 3 * args.local_crops_number * forward(args.local_crops_size)
-    return local_views + (3 + 1) * 2 * forward(args.global_crops_size)  # student and teacher
+def step_flops(backbone, args, batch=10):
+    """Operations of student and teacher for one image, counted on a copy that holds no numbers."""
+    backbone = copy.deepcopy(backbone).to("meta")
+    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
+    views = [torch.empty(batch, 3, size, size, device="meta") for size in sizes]
+    with FlopCounterMode(display=False) as counter:
+        backbone(views).sum().backward()
+        with torch.no_grad():
+            backbone(views[:2])
+    return counter.get_total_flops() / batch
 
 
-def matmul_rate(device, dtype, n=8192):
+def matmul_rate(device, dtype, n=8192, times=20):
     """Measured operations a second of n x n matrix products: the 100 % of the logged MFU."""
     x = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / Timer("x @ x", globals={"x": x}).timeit(20).mean  # warms up, synchronises
+    for repeat in range(times + 1):
+        if repeat == 1:  # the first is the warm-up
+            torch.cuda.synchronize()
+            clock = time.perf_counter()
+        x @ x
+    torch.cuda.synchronize()
+    return 2 * n**3 * times / (time.perf_counter() - clock)
 
 
 def save(path, state):
     """Write to a temporary file, then rename: path is never half written."""
-    temporary = path.with_suffix(".partial")
-    with open(temporary, "wb") as file:
+    with open(path.with_suffix(".partial"), "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    path.with_suffix(".partial").replace(path)
 
 
 def restore(path, args, parts):
@@ -726,7 +721,7 @@ def restore(path, args, parts):
     except Exception as error:  # truncated, of something else, or with code inside
         reason = " ".join(str(error).split())[:120]
         message = f"cannot resume {path} ({reason}): move it away, or choose another --output_dir"
-        raise SystemExit(f"simdino.py: {message}") from error
+        raise SystemExit(f"{SCRIPT.name}: {message}") from error
 
 
 def main():
@@ -735,7 +730,7 @@ def main():
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
         if LOCAL_RANK >= torch.cuda.device_count():
-            raise SystemExit(f"simdino.py: no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
+            raise SystemExit(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -760,12 +755,7 @@ def main():
     sizes = args.global_crops_size, args.local_crops_size
     scales = args.global_crops_scale, args.local_crops_scale
     images = Images(*train, MultiCrop(*sizes, *scales, args.local_crops_number), args.seed)
-    try:
-        images[0]
-        if val:
-            Images(*val, partial(center_crop, size=args.global_crops_size))[0]
-    except RuntimeError as error:  # no image can be read
-        stop(error)
+    images[0]  # stops here if no image can be read
 
     # Student and teacher
     torch.manual_seed(seed_from(args.seed))
@@ -787,6 +777,7 @@ def main():
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     autocast = partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    flops = step_flops(backbone, args) / matmul_rate(device, dtype) if cuda else None
 
     def knn(encode):
         with autocast():
@@ -800,16 +791,14 @@ def main():
         say(f"k-NN accuracy: {baseline}chance {100 / (max(train[1]) + 1):.1f} %")
 
     # Resume
-    start, path, log = 0, output / "checkpoint.pth", output / "log.txt"
+    path, log = output / "checkpoint.pth", output / "log.txt"
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
-    if path.exists():
-        start = restore(path, args, parts)
-        say(f"resumed {path} at step {start}")
+    found = [path.exists()]
     if WORLD > 1:
-        starts = [None] * WORLD
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            stop("the machines find different checkpoints: --output_dir must be on a shared disk")
+        dist.broadcast_object_list(found)  # on several machines: all resume, or none
+    start = restore(path, args, parts) if found[0] else 0
+    if found[0]:
+        say(f"resumed {path} at step {start}")
     if RANK == 0 and log.exists() and start < end:  # drop the lines of epochs that run again
         kept = log.read_text().splitlines(keepends=True)[: start // per_epoch]
         log.with_suffix(".partial").write_text("".join(kept))
@@ -833,11 +822,10 @@ def main():
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=keys, num_workers=workers, pin_memory=cuda
     )
-    matmul_peak = matmul_rate(device, dtype) if cuda else None
     clear = "\r\033[K" if sys.stdout.isatty() else ""  # rewrites the line
-    record, first = torch.zeros(per_epoch, 4, device=device), start % per_epoch
+    record, first = torch.zeros(per_epoch, 5, device=device), start % per_epoch
     idle = torch.cuda.Event() if cuda else None
-    bad, data, waited, clock = set(), iter(loader), 0.0, time.perf_counter()
+    named, data, waited, clock = set(), iter(loader), 0.0, time.perf_counter()
 
     for step in range(start, end):
         epoch, i = divmod(step, per_epoch)
@@ -848,9 +836,9 @@ def main():
         views, _, replaced = next(data)
         if not cuda or idle.query():  # the device, too, had nothing to do
             waited += time.perf_counter() - asked
-        for j in set(replaced.tolist()) - {-1} - bad:
+        for j in set(replaced.tolist()) - {-1} - named:
             print(f"{clear}unreadable, another takes its place: {train[0][j]}")
-            bad.add(j)
+            named.add(j)
 
         torch.manual_seed(seed_from(args.seed, step, RANK))  # of augmentation and stochastic depth
         views = augment([view.to(device, non_blocking=True) for view in views])
@@ -876,7 +864,8 @@ def main():
             torch._foreach_lerp_(teacher_params, params, 1 - momentum[step])
 
         distance = (z_s.detach()[:2] - z_t).norm(dim=-1).mean()
-        record[i] = torch.stack([loss.detach(), stats["comp"], stats["expa"], distance])
+        bad = (replaced >= 0).sum().to(device, non_blocking=True)
+        record[i] = torch.stack([loss.detach(), stats["comp"], stats["expa"], distance, bad])
         if cuda:
             idle.record()
         if not sync:
@@ -886,16 +875,17 @@ def main():
         figures = record[first : i + 1] / WORLD
         if WORLD > 1:
             dist.all_reduce(figures)
-        finite = figures.isfinite().all(1).tolist()
-        if not all(finite):
-            broken = step + 1 - len(finite) + finite.index(False)
+        figures = figures.cpu().double().numpy()
+        finite = np.isfinite(figures).all(1)
+        if not finite.all():
+            broken = step + 1 - len(finite) + finite.argmin()
             stop(f"the loss is not finite at step {broken}: try a lower --lr or --amp off")
-        figures, effective_rank = figures.cpu().double().numpy(), stats["rank"].item()
         steps, seconds = len(figures), time.perf_counter() - clock
         speed, eta = steps * args.global_batch / seconds, (end - step - 1) * seconds / steps
-        loss, comp, expa, _ = figures[-1]
+        loss, comp, expa, *_ = figures[-1]
+        rank = stats["rank"].item()
         line = f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{total} loss {loss:.3f} "
-        line += f"comp {comp:.3f} expa {expa:.3f} rank {effective_rank:.1f} {speed:.0f} img/s "
+        line += f"comp {comp:.3f} expa {expa:.3f} rank {rank:.1f} {speed:.0f} img/s "
         line += f"ETA {timedelta(seconds=int(eta))}"
         if clear:
             say(clear + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
@@ -911,10 +901,6 @@ def main():
         if monitored and ((epoch + 1) % args.eval_freq == 0 or step + 1 == end):
             accuracy = knn(teacher.backbone)
             line += f" k-NN {accuracy:.1f} %"
-        if WORLD > 1:  # each rank saw its own share
-            shared = [None] * WORLD
-            dist.all_gather_object(shared, bad)
-            bad = set().union(*shared)
         means, done = figures.mean(0), slice(step + 1 - steps, step + 1)
         entry = {
             "epoch": epoch,
@@ -923,14 +909,14 @@ def main():
             "train_expa_loss": means[2],
             "train_lr": lr[done].mean(),
             "train_wd": wd[done].mean(),
-            "rank": effective_rank,
+            "rank": rank,
             "dist": means[3],
             "knn": accuracy,
             "img_s": speed,
             "data_wait": waited / seconds,
-            "mfu": matmul_peak and speed / WORLD * step_flops(args) / matmul_peak,
+            "mfu": flops and flops * speed / WORLD,
             "mem_gb": used / 2**30,
-            "bad_images": len(bad),
+            "bad_images": round(means[4] * WORLD * steps),
         }
         if RANK == 0:
             with open(log, "a") as file:
@@ -941,7 +927,7 @@ def main():
                 save(output / f"checkpoint{epoch:04}.pth", state)
             save(path, state)
         say(clear + line)
-        if effective_rank < 2 and epoch > 0:
+        if rank < 2 and epoch > 0:
             say("warning: collapse. Try a smaller --eps_sq, a larger --gamma or a larger batch")
         if cuda:
             torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN

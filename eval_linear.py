@@ -1,0 +1,703 @@
+# SPDX-License-Identifier: MIT
+"""What the features of a vision transformer are worth: k-NN, linear probe, pictures.
+
+    torchrun --nproc_per_node=8 eval_linear.py --weights FILE --data_path /imagenet
+    torchrun --nproc_per_node=8 eval_linear.py --weights FILE --data_path /imagenet --cached
+    python eval_linear.py --weights FILE --pictures OUT.png PHOTO...
+    python eval_linear.py --weights output_simdino/checkpoint.pth --cached \
+        --data_path output_simdino/patterns --resize_size 32 --crop_size 32 --batch_size_per_gpu 32
+
+FILE: a checkpoint of simdino.py, simdinov2.py, the official SimDINO(v2), DINO(v2) or timm; the
+architecture is read off its tensors. The first command runs the official protocols: weighted k-NN,
+then 100 epochs of 52 linear classifiers side by side on random crops, the best chosen on images
+held out of train/ and only then tried on val/. --cached trains them on the features of one central
+crop an image: one pass of the backbone instead of 101.
+
+k-NN and probe: "Emerging Properties", Caron et al., arXiv 2104.14294; the grid of classifiers:
+"DINOv2", Oquab et al., arXiv 2304.07193.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import OrderedDict
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import InterpolationMode
+
+SCRIPT = Path(__file__)
+RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
+
+# ---------------------------------------------------------------------------------------- the model
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads(self, x):  # (B, T, D) -> q, k, v, each (B, heads, T, D / heads)
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def weights(self, x):
+        q, k, _ = self.heads(x)
+        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # (B, heads, T, T)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, value):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, layerscale):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim, 1.0) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(  # the names are timm's
+            OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+        )
+        self.ls2 = LayerScale(dim, 1.0) if layerscale else nn.Identity()
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """The ViT of SimDINO (registers None) and of SimDINOv2, without what only training needs."""
+
+    def __init__(self, side, patch_size, embed_dim, depth, num_heads, registers, layerscale):
+        super().__init__()
+        self.patch_size, self.side = patch_size, side
+        proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, embed_dim))
+        self.register_tokens = None
+        if registers is not None:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim))
+        self.first_patch = 1 + (registers or 0)  # tokens: CLS, registers, patches
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, layerscale) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def position_embedding(self, h, w):
+        """(1, 1 + h w, D) for a grid of h x w patches, bicubic from the grid trained on."""
+        if h == w == self.side:
+            return self.pos_embed
+        cls, grid = self.pos_embed.split([1, self.side**2], dim=1)
+        grid = grid.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        if self.register_tokens is None:  # DINO, and DINOv2 without registers
+            factor = ((h + 0.1) / self.side, (w + 0.1) / self.side)
+            grid = F.interpolate(grid, scale_factor=factor, mode="bicubic")
+        else:
+            grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)
+        return torch.cat([cls, grid.flatten(2).mT], dim=1)
+
+    def prepare_tokens(self, x):
+        """(B, 3, H, W) -> (B, 1 + R + N, D): CLS, registers and patches, with their positions."""
+        h, w = x.shape[-2:]
+        x = self.patch_embed(x).flatten(2).mT  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self.position_embedding(h // self.patch_size, w // self.patch_size)
+        if self.register_tokens is None:
+            return x
+        registers = self.register_tokens.expand(len(x), -1, -1)
+        return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+
+    def get_intermediate_layers(self, x, n=1):
+        """Normed tokens (B, 1 + R + N, D), CLS first, of the last n blocks, as a list."""
+        x, outputs = self.prepare_tokens(x), []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return [self.norm(x) for x in outputs[-n:]]
+
+    def get_last_selfattention(self, x):
+        """Attention weights (B, heads, T, T) of the last block, T = 1 + R + N tokens, CLS first."""
+        x = self.prepare_tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
+
+
+# -------------------------------------------------------------------------------------- the weights
+
+WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
+HEADS = {"head", "dino_head", "ibot_head", "mask_token"}  # used in training; timm's classifier
+SCALAR = np.float64(0).__reduce__()[0]
+SAFE = [  # beside tensors, official checkpoints hold their arguments and NumPy's learning rates
+    argparse.Namespace,
+    np.dtype,
+    type(np.dtype("float64")),
+    (SCALAR, "numpy.core.multiarray.scalar"),
+    (SCALAR, "numpy._core.multiarray.scalar"),
+]
+
+
+def load_backbone(path, key="teacher", num_heads=None):
+    """The VisionTransformer whose weights are in path, or under key there; what was left out.
+
+    num_heads: by default width / 64, as in every standard ViT up to large, or else width / 32.
+    """
+    reading = or_stop(f"--weights {path} is missing, damaged, no checkpoint or has code inside")
+    with reading, torch.serialization.safe_globals(SAFE):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    weights = state.get(key, state) if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        names = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        stop(f"no weights under {key} in {path}: choose --checkpoint_key from what it has, {names}")
+
+    tensors, left_out = {}, set()
+    for name, tensor in weights.items():
+        parts = [part for part in name.split(".") if part not in WRAPPERS]
+        if parts[0] in HEADS:
+            left_out.add(parts[0])
+            continue
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", ".".join(parts))  # chunks of FSDP
+        tensors["register_tokens" if name == "reg_token" else name] = tensor
+    try:
+        width, _, _, patch_size = tensors["patch_embed.proj.weight"].shape
+        positions = tensors["pos_embed"].shape[1]
+    except (KeyError, ValueError):
+        stop(f"{path} holds no vision transformer: no patch_embed.proj.weight and pos_embed")
+    side = math.isqrt(positions)
+    if side**2 == positions:  # timm, with registers: CLS has no position
+        tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else None
+    num_heads = num_heads or width // (32 if width % 64 else 64)
+    if not num_heads or width % num_heads:
+        stop(f"--num_heads {num_heads} does not divide the width of {path}, {width}")
+    layerscale = "blocks.0.ls1.gamma" in tensors
+    model = VisionTransformer(side, patch_size, width, depth, num_heads, registers, layerscale)
+
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "left over": sorted(found.keys() - wanted.keys()),
+        "of another shape": [k for k in wanted if found.get(k, wanted[k]) != wanted[k]],
+    }
+    listed = [f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names]
+    if listed:
+        stop(f"{path} is not such a vision transformer; {'; '.join(listed)}")
+    model.load_state_dict(tensors)
+    return model.eval().requires_grad_(False), sorted(left_out)
+
+
+# ----------------------------------------------------------------------------------------- the data
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+def load_image(path):
+    """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation."""
+    if str(path).lower().endswith((".jpg", ".jpeg")):
+        try:  # 1.2 to 1.4 times as fast as Pillow
+            data, rgb = torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB
+            return torchvision.io.decode_jpeg(data, rgb, apply_exif_orientation=True)
+        except (RuntimeError, AttributeError):  # no JPEG inside, or a torchvision without decoders
+            pass
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def normalize(x):
+    """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
+    mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
+    return (x - mean) / std
+
+
+class Images(torch.utils.data.Dataset):
+    """images[epoch * len + i] -> transform(image i), its label, -1.
+
+    In place of an unreadable image comes the next one that can be read, and i in place of -1.
+
+    What transform draws at random depends on (seed, epoch, i) alone, not on the worker.
+    """
+
+    def __init__(self, paths, labels, transform, seed=0):
+        self.paths, self.labels = np.array(paths), np.array(labels)  # arrays: workers share them
+        self.transform, self.seed = transform, seed
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        epoch, index = divmod(key, len(self))
+        torch.manual_seed(seed_from(self.seed, epoch, index))
+        for skipped in range(len(self)):
+            used = (index + skipped) % len(self)
+            with suppress(Exception):  # there is no end to what a decoder may raise
+                image = load_image(self.paths[used])
+                break
+        else:
+            stop(f"none of {len(self)} images can be read: {self.paths[index]}, ...")
+        return self.transform(image), self.labels[used], index if skipped else -1
+
+
+def seed_from(*numbers):
+    """One 32-bit seed from several non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def find_images(root):
+    """Sorted paths of the images below root, and for each the entry of root that it is, or is in."""
+    paths = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        paths += [os.path.join(folder, n) for n in names if n.lower().endswith(IMG_EXTENSIONS)]
+    paths.sort()
+    return paths, [os.path.relpath(path, root).split(os.sep)[0] for path in paths]
+
+
+def find_data(root, batch):
+    """-> (train, val), each (paths, labels); val is None if there are no labels."""
+    if not root.is_dir():
+        stop(f"{root} is not a folder: --data_path needs one of images")
+    folder = root / "train" if (root / "train").is_dir() else root
+    paths, names = find_images(folder)
+    if len(paths) < batch:
+        stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
+    classes = {name: label for label, name in enumerate(sorted(set(names)))}
+    train, val = (paths, [classes[name] for name in names]), None
+    for held_out in (root / "test", root / "val"):
+        paths, names = find_images(held_out) if folder != root else ([], [])
+        if paths and set(names) <= set(classes):
+            val = paths, [classes[name] for name in names]
+    return train, val
+
+
+# ----------------------------------------------------------------------------- features, k-NN, probe
+
+BLOCKS = 4
+KINDS = {  # of features; in units of the width: CLS of the last blocks, mean patch of the last one
+    "1 block": (-2, -1),
+    "1 block + patches": (-2, None),
+    "4 blocks": (0, -1),
+    "4 blocks + patches": (0, None),
+}
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # DINOv2's
+NEIGHBOURS = (10, 20, 100, 200)
+
+
+def say(text, end="\n"):
+    if RANK == 0:
+        print(CLEAR + text, end=end, flush=True)
+
+
+def eta(clock, done, total):
+    seconds = (time.perf_counter() - clock) / done * (total - done)
+    return f"{done}/{total} ETA {timedelta(seconds=int(seconds))}"
+
+
+@torch.no_grad()
+def encode(model, x):
+    """uint8 (B, 3, H, W) -> (B, 5 D): CLS tokens of the last 4 blocks, mean patch of the last."""
+    x = normalize(x.to(model.pos_embed.device, non_blocking=True) / 255)
+    layers = model.get_intermediate_layers(x, BLOCKS)
+    patches = layers[-1][:, model.first_patch :].mean(1)
+    return torch.cat([*(tokens[:, 0] for tokens in layers), patches], dim=-1).float()
+
+
+def extract(encode, images, loader, dim, dtype, device):
+    """Features (n, dim), labels (n,) and unreadable ones' numbers of all images, on every rank."""
+    n, share = len(images), math.ceil(len(images) / WORLD)
+    done, last = RANK * share, (RANK + 1) * share
+    indices = [i % n for i in range(done, last)]  # the surplus is cut below
+    features = torch.empty(WORLD * share, dim, dtype=dtype, device=device)
+    notes = torch.empty(WORLD * share, 2, dtype=torch.long, device=device)  # label, number or -1
+    clock = time.perf_counter()
+    for x, label, replaced in loader(images, 128, sampler=indices):
+        rows = slice(done, done + len(x))
+        features[rows], notes[rows] = encode(x), torch.stack([label, replaced], 1).to(device)
+        done += len(x)
+        if CLEAR:
+            say("features of image " + eta(clock, done - last + share, share), end="")
+    if WORLD > 1:
+        for column in features, notes:
+            dist.all_gather_into_tensor(column, column[last - share : last].clone())
+    if not features[:n].isfinite().all():
+        stop("the features are not finite: try --amp off, or other --weights")
+    labels, replaced = notes[:n].unbind(1)
+    return features[:n], labels, replaced[replaced >= 0].tolist()
+
+
+@torch.no_grad()
+def knn_accuracies(train, val, neighbours=NEIGHBOURS, temperature=0.07):
+    """Top-1 accuracy on val in per cent, for each number of neighbours in train.
+
+    They vote with exp(cosine / temperature). train, val: unit features (n, D), labels (n,), the
+    same on every rank; a rank judges its share of val, a few at a time.
+    """
+    bank, labels = train
+    hits = torch.zeros(len(neighbours), device=bank.device)
+    for z, y in zip(*(column[RANK::WORLD].split(256) for column in val)):
+        cosine, nearest = (z @ bank.mT).topk(min(max(neighbours), len(bank)))
+        weight, label = (cosine / temperature).exp(), labels[nearest]
+        for i, k in enumerate(neighbours):
+            votes = torch.zeros(len(z), int(labels.max()) + 1, device=z.device)
+            votes.scatter_add_(1, label[:, :k], weight[:, :k])
+            hits[i] += (votes.argmax(1) == y).sum()
+    if WORLD > 1:
+        dist.all_reduce(hits)
+    return dict(zip(neighbours, (100 * hits / len(val[1])).tolist()))
+
+
+class Probe(nn.Module):
+    """All candidates side by side: a linear classifier for each kind of features and each rate."""
+
+    def __init__(self, width, blocks, classes):
+        super().__init__()
+        self.slices = [
+            slice(first * width, last and last * width) for first, last in KINDS.values()
+        ]
+        self.heads = nn.ModuleList()
+        for columns in self.slices:
+            dim = len(range((blocks + 1) * width)[columns])
+            self.heads.append(nn.Linear(dim, len(RATES) * classes))
+            nn.init.normal_(self.heads[-1].weight, std=0.01)
+            nn.init.zeros_(self.heads[-1].bias)
+
+    def forward(self, z):  # (B, (blocks + 1) D) -> (B, candidates, classes)
+        scores = [head(z[:, columns]) for head, columns in zip(self.heads, self.slices)]
+        return torch.cat([s.unflatten(1, (len(RATES), -1)) for s in scores], dim=1)
+
+
+@torch.no_grad()
+def probe_accuracies(probe, features, labels):
+    """Top-1 and top-5 accuracy of each candidate in per cent, a list of pairs."""
+    hits = 0
+    for z, y in zip(features.split(256), labels.split(256)):
+        scores = probe(z.float())  # (B, candidates, classes)
+        top = scores.topk(min(5, scores.shape[-1])).indices == y[:, None, None]
+        hits = hits + torch.stack([top[..., 0], top.any(-1)], -1).sum(0)
+    return (100 * hits / len(labels)).tolist()
+
+
+def cosine_schedule(base, final, total_steps, warmup_steps=0):
+    """(total_steps,) values: linear from 0 to base over the warm-up, then half a cosine."""
+    progress = np.arange(total_steps - warmup_steps) / (total_steps - warmup_steps)
+    cosine = final + (base - final) * (1 + np.cos(np.pi * progress)) / 2
+    return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
+
+
+def batches(n, args, start, end, rank=RANK):
+    """Yield for each step the keys, epoch * n + image, of rank's block of the global batch."""
+    for step in range(start, end):
+        epoch, i = divmod(step, n // args.global_batch)
+        if i == 0 or step == start:
+            order = epoch * n + np.random.default_rng((args.seed, epoch)).permutation(n)
+        first = i * args.global_batch + rank * args.batch_size_per_gpu
+        yield order[first : first + args.batch_size_per_gpu].tolist()
+
+
+# ------------------------------------------------------------------------------------- the pictures
+
+
+def draw(model, paths, transform, out, tile=168, gap=4):
+    """Write to out a picture with a row for each of the images.
+
+    Its columns: the image; the last block's attention of CLS to the patches, head by head; the
+    first three principal components of the patch features of all images as red, green, blue.
+    """
+    if out.suffix.lower() != ".png" or out.exists():
+        stop(f"--pictures {out}: first the name of a new .png file, then images")
+    images = []
+    for path in paths:
+        with or_stop(f"cannot read the image {path}"):
+            images.append(transform(load_image(path)))
+    images = torch.stack(images)  # (n, 3, S, S)
+    x = normalize(images.to(model.pos_embed.device) / 255)
+    with torch.no_grad():
+        attention = model.get_last_selfattention(x)[:, :, 0, model.first_patch :]  # (n, heads, N)
+        patches = model.get_intermediate_layers(x)[0][:, model.first_patch :]  # (n, N, D)
+    centred = (patches - patches.mean((0, 1))).flatten(0, 1).double()
+    components = (centred @ torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -3:]).flip(1)
+    low, high = components.quantile(torch.tensor([0.01, 0.99]).to(components), dim=0)
+    colours = ((components - low) / (high - low)).clamp(0, 1).view(len(x), -1, 3).mT  # (n, 3, N)
+    light = (attention / attention.quantile(0.98, dim=-1, keepdim=True)).clamp(0, 1)
+    maps = [images / 255, *light[:, :, None].expand(-1, -1, 3, -1).unbind(1), colours]
+    names = ["image", *(f"head {i + 1}" for i in range(attention.shape[1])), "PCA"]
+
+    pitch, top = tile + gap, 16
+    size = len(maps) * pitch - gap, top + len(images) * pitch - gap
+    picture = Image.new("RGB", size, "white")
+    for column, (name, values) in enumerate(zip(names, maps)):
+        ImageDraw.Draw(picture).text((column * pitch + 2, 2), name, fill="black")
+        for row, pixels in enumerate(values.reshape(len(x), 3, -1)):
+            width = math.isqrt(pixels.shape[1])
+            pixels = (255 * pixels).round().byte().view(3, width, width).permute(1, 2, 0)
+            method = Image.BICUBIC if column == 0 else Image.NEAREST
+            one = Image.fromarray(pixels.cpu().numpy()).resize((tile, tile), method)
+            picture.paste(one, (column * pitch, top + row * pitch))
+    picture.save(out)
+
+
+# ------------------------------------------------------------------------------------- the program
+
+OPTIONS = {  # name: (default, help)
+    "checkpoint_key": ("teacher", "name of the weights inside FILE, if there are several"),
+    "resize_size": (256, "shorter side of an image before its centre is cut out, pixels"),
+    "crop_size": (224, "side of what the model sees, pixels"),
+    "epochs": (100, "passes of the probe over the training images; 0: k-NN alone"),
+    "batch_size_per_gpu": (128, "images a step in each process"),
+    "amp": ("auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
+    "num_workers": (min(10, os.cpu_count()), "data loading processes of each process"),
+    "saveckp_freq": (5, "save the probe, to be resumed, every so many epochs"),
+    "seed": (0, "of held-out images, classifiers, order, crops"),
+}
+
+
+def stop(message):
+    """End the run with one line on the terminal and status 1."""
+    raise SystemExit(f"{SCRIPT.name}: {message}" if LOCAL_RANK == 0 else 1)
+
+
+@contextmanager
+def or_stop(message):
+    """If what is inside fails, end the run with message and the reason in one line."""
+    try:
+        yield
+    except Exception as error:  # there is no end to what a file may make its reader raise
+        message = f"{SCRIPT.name}: {message} ({' '.join(str(error).split())[:120]})"
+        raise SystemExit(message if LOCAL_RANK == 0 else 1) from error
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = stop
+    parser.add_argument("--weights", required=True, metavar="FILE", help="what to judge")
+    parser.add_argument("--data_path", help="holds train/ and val/ or test/, of class folders")
+    parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
+    parser.add_argument("--num_heads", type=int, help="default: width / 64, or else width / 32")
+    text = "train the probe on the features of one central crop an image"
+    parser.add_argument("--cached", action="store_true", help=text)
+    text = "draw attention and features of IMG (default: of 8 validation images) and end"
+    parser.add_argument("--pictures", nargs="+", metavar=("OUT.png", "IMG"), help=text)
+    for name, (default, text) in OPTIONS.items():
+        choices = ("auto", "bf16", "fp16", "off") if name == "amp" else None
+        parser.add_argument(
+            f"--{name}", default=default, type=type(default), choices=choices, help=text
+        )
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        least = 0 if name in ("cached", "epochs", "num_workers", "seed") else 1
+        if isinstance(value, int) and value < least:
+            stop(f"--{name} {value} is too small")
+    if args.resize_size < args.crop_size:
+        stop(f"--resize_size {args.resize_size} is smaller than --crop_size {args.crop_size}")
+    if not args.data_path and len(args.pictures or []) < 2:
+        stop("--data_path is needed: a folder that holds train/ and val/ or test/")
+    args.global_batch = args.batch_size_per_gpu * WORLD
+    return args
+
+
+def save(path, state):
+    """Write to a temporary file, then rename: path is never half written."""
+    with open(path.with_suffix(".partial"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    path.with_suffix(".partial").replace(path)
+
+
+def main():
+    args, began = parse_args(), time.perf_counter()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if cuda:
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise SystemExit(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+
+    # The model
+    model, left_out = load_backbone(args.weights, args.checkpoint_key, args.num_heads)
+    model.to(device)
+    width, depth = model.norm.weight.numel(), len(model.blocks)
+    if args.crop_size % model.patch_size:
+        stop(f"--crop_size {args.crop_size} is not a multiple of the patch, {model.patch_size}")
+    text = f"{width} wide, {depth} blocks of {model.blocks[0].attn.num_heads} heads, "
+    text += f"patch {model.patch_size}, {model.first_patch - 1} registers"
+    say(f"{args.weights}: {text}; left out: {', '.join(left_out) or 'nothing'}")
+    if args.amp == "auto":
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
+    autocast = partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
+
+    def embed(x):
+        with autocast():
+            return encode(model, x)
+
+    # The data
+    sizes = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
+    centre = transforms.Compose(
+        [transforms.Resize(args.resize_size, **sizes), transforms.CenterCrop(args.crop_size)]
+    )
+    if args.data_path:
+        train, val = find_data(Path(args.data_path), 2)
+        if val is None:
+            stop(f"{args.data_path} has no val/ or test/ of the classes in its train/")
+    if args.pictures:
+        out, *paths = args.pictures
+        if RANK == 0:
+            draw(model, paths or val[0][:: math.ceil(len(val[0]) / 8)], centre, Path(out))
+            say(f"drawn: {out}")
+        return
+    images = [Images(*split, centre) for split in (train, val)]
+    for split in images:
+        split[0]  # stops here if no image can be read
+    n, classes = len(images[0]), max(train[1]) + 1
+    order = np.random.default_rng(args.seed).permutation(n)
+    held, part = np.split(order, [max(1, min(n // 10, 10000))])
+    per_epoch = len(part) // args.global_batch
+    if args.epochs and not per_epoch:
+        stop(f"{len(part)} images are less than a batch: lower --batch_size_per_gpu")
+    names = "checkpoint_key num_heads data_path resize_size crop_size epochs global_batch cached"
+    run = {name: getattr(args, name) for name in [*names.split(), "seed"]}
+    run["sha256"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    run["images"] = [len(split) for split in images]
+    output = Path(args.output_dir)
+    path, results_path = output / "probe.pth", output / "results.json"
+    found = [path.exists()]
+    if WORLD > 1:
+        dist.broadcast_object_list(found)  # on several machines: all resume, or none
+    with or_stop(f"cannot use --output_dir {output}: choose another"):
+        output.mkdir(parents=True, exist_ok=True)
+        if results_path.exists() and json.loads(results_path.read_text())["run"] != run:
+            raise ValueError(f"{results_path} is of another run")
+
+    # Features of all images, and k-NN
+    loader = partial(torch.utils.data.DataLoader, num_workers=args.num_workers, pin_memory=cuda)
+    dim = (min(BLOCKS, depth) + 1) * width
+    kept = torch.float32 if args.amp == "off" else torch.float16  # ImageNet, ViT-B: 10 GB
+    say(f"{n} training images, {len(images[1])} to judge by, {classes} classes")
+    columns = [extract(embed, split, loader, dim, kept, device) for split in images]
+    bad = [split.paths[i] for split, (_, _, replaced) in zip(images, columns) for i in replaced]
+    for name in bad:
+        say(f"unreadable, another takes its place: {name}")
+    (features, labels, _), (val_features, val_labels, _) = columns
+    unit = [F.normalize(z[:, -2 * width : -width].float(), dim=-1) for z, _, _ in columns]
+    knn = knn_accuracies((unit[0], labels), (unit[1], val_labels))
+    say("k-NN, top-1 %: " + ", ".join(f"k = {k}: {accuracy:.2f}" for k, accuracy in knn.items()))
+    results = {"run": run, "weights": args.weights, "knn": knn, "bad_images": len(bad)}
+    del unit
+
+    # The probe
+    if args.epochs:
+        held_features, held_labels = features[held], labels[held]
+        if not args.cached:
+            del features, columns
+        torch.manual_seed(seed_from(args.seed))
+        probe = Probe(width, min(BLOCKS, depth), classes).to(device)
+        rates = torch.tensor(RATES, device=device).repeat(len(KINDS))
+        optimizer = torch.optim.SGD(probe.parameters(), lr=1.0, momentum=0.9)
+        start, total = 0, args.epochs * per_epoch
+        if found[0]:
+            with or_stop(f"cannot resume {path}: move it away, or choose another --output_dir"):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if state["run"] != run:
+                    raise ValueError("it is of another run")
+                probe.load_state_dict(state["probe"])
+                optimizer.load_state_dict(state["optimizer"])
+                start = int(state["step"])
+            say(f"resumed {path} at step {start}")
+        lr = cosine_schedule(args.global_batch / 256, 0.0, total)
+        keys = batches(len(part), args, start, total)
+        if args.cached:
+            rows = (torch.from_numpy(part[np.array(k) % len(part)]).to(device) for k in keys)
+            source = ((features[i].float(), labels[i]) for i in rows)
+        else:
+            crop = transforms.RandomResizedCrop(args.crop_size, **sizes)
+            crop = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
+            crops = Images(images[0].paths[part], images[0].labels[part], crop, args.seed)
+            source = ((embed(x), y.to(device)) for x, y, _ in loader(crops, batch_sampler=keys))
+
+        clock = time.perf_counter()
+        for step, (z, y) in zip(range(start, total), source):
+            scores, y = probe(z), y[:, None].expand(-1, len(rates))
+            losses = F.cross_entropy(scores.mT, y, reduction="none").mean(0)  # (candidates,)
+            optimizer.zero_grad()
+            # SGD on a loss times its rate is SGD at that rate: one optimizer for all candidates.
+            ((losses * rates).sum() / WORLD).backward()
+            if WORLD > 1:
+                for p in probe.parameters():
+                    dist.all_reduce(p.grad)
+            optimizer.param_groups[0]["lr"] = float(lr[step])
+            optimizer.step()
+            if CLEAR:
+                say("step " + eta(clock, step + 1 - start, total - start), end="")
+            epoch, i = divmod(step + 1, per_epoch)
+            if i:
+                continue
+            lowest = losses.detach().nan_to_num(math.inf).min().item()
+            left = eta(clock, step + 1 - start, total - start)
+            say(f"epoch {epoch}/{args.epochs}: lowest loss {lowest:.3f}, step {left}")
+            if RANK == 0 and (epoch % args.saveckp_freq == 0 or epoch == args.epochs):
+                state = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
+                save(path, state | {"step": step + 1, "run": run})
+
+        accuracies = probe_accuracies(probe, held_features, held_labels)
+        names = [f"{kind}, lr {rate:g}" for kind in KINDS for rate in RATES]
+        best = max(range(len(names)), key=lambda i: accuracies[i][0])
+        top1, top5 = probe_accuracies(probe, val_features, val_labels)[best]
+        say(f"top-1 / top-5, %, on {len(held)} images held out of the training ones")
+        say(f"{'lr':>8}" + "".join(f"{kind:>20}" for kind in KINDS))
+        for i, rate in enumerate(RATES):
+            cells = (f"{a:6.2f} / {b:6.2f}" for a, b in accuracies[i :: len(RATES)])
+            say(f"{rate:8g}" + "".join(f"{cell:>20}" for cell in cells))
+        say(f"the best, {names[best]}, on the validation images: {top1:.2f} / {top5:.2f}")
+        results["probe"] = {
+            "held_out": dict(zip(names, accuracies)),
+            "best": names[best],
+            "val_top1": top1,
+            "val_top5": top5,
+        }
+    results["seconds"] = time.perf_counter() - began
+    if RANK == 0:
+        results_path.with_suffix(".partial").write_text(json.dumps(results, indent=2) + "\n")
+        results_path.with_suffix(".partial").replace(results_path)
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""What simdino.py and simdinov2.py promise. Numbers marked `official` were computed by running the code of
+"""What the three scripts promise. Numbers marked `official` were computed by running the code of
 github.com/RobinWu218/SimDINO at commit 8149fc4 on the same inputs."""
 
+import argparse
 import ast
 import copy
 import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 
@@ -26,11 +30,13 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torch import nn
 
+import eval_linear
 import simdino
 import simdinov2
 from simdino import SimDINOLoss, coding_rate
 
 SCRIPT = Path(simdino.__file__)
+EVAL = Path(eval_linear.__file__)
 
 
 def waves(*shape, a):
@@ -193,24 +199,27 @@ def test_gradients_do_not_depend_on_world_size(dtype, tolerance):
             assert (gradient2 - gradient).norm() < tolerance * gradient.norm()
 
 
+def definitions(script):
+    """Source text of the script's top-level functions, classes and constants, by name."""
+    text, found = Path(script.__file__).read_text(), {}
+    for node in ast.parse(text).body:
+        names = [getattr(node, "name", "")]
+        if isinstance(node, ast.Assign):
+            names = [ast.unparse(target) for target in node.targets]
+        found |= {name: ast.get_source_segment(text, node) for name in names if name}
+    return found
+
+
 def test_what_the_scripts_share_stands_in_each_in_the_same_words():
+    v1, v2, evaluation = map(definitions, (simdino, simdinov2, eval_linear))
     differs = {"Block", "VisionTransformer", "OPTIONS", "main"}
-
-    def definitions(script):
-        text = Path(script.__file__).read_text()
-        found = {}
-        for node in ast.parse(text).body:
-            names = [getattr(node, "name", "")]
-            if isinstance(node, ast.Assign):
-                names = [ast.unparse(target) for target in node.targets]
-            found |= {name: ast.get_source_segment(text, node) for name in names if name}
-        return found
-
-    v1, v2 = definitions(simdino), definitions(simdinov2)
-    shared = (v1.keys() & v2.keys()) - differs
+    shared = v1.keys() - differs
     assert {"coding_rate", "SimDINOLoss", "ProjectionHead", "MultiCrop", "augment"} < shared
-    assert v1.keys() - shared == differs, "all that v1 has, v2 has under the same name"
     assert [name for name in shared if v1[name] != v2[name]] == []
+    differs.add("parse_args")
+    shared = (v2.keys() & evaluation.keys()) - differs
+    assert {"Attention", "LayerScale", "load_image", "Images", "find_data", "batches"} < shared
+    assert [name for name in shared if v2[name] != evaluation[name]] == []
 
 
 def free_port():
@@ -1047,8 +1056,13 @@ def test_flat_folders_and_class_folders_train_without_labels(monkeypatch, pictur
 
 
 class Code:
+    """Opened without weights_only, it leaves a file behind."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/simdino_was_here",)
+        return os.system, (f"touch {self.mark}",)
 
 
 def test_checkpoints_that_cannot_be_resumed_are_left_as_they_are(
@@ -1057,14 +1071,14 @@ def test_checkpoints_that_cannot_be_resumed_are_left_as_they_are(
     good = (finished[0] / "checkpoint.pth").read_bytes()
     path, flags = tmp_path / "checkpoint.pth", [*TINY, "--data_path", pictures]
     flags += ["--output_dir", tmp_path]
-    torch.save({"student": Code()}, tmp_path / "hostile")
+    torch.save({"student": Code(tmp_path / "mark")}, tmp_path / "hostile")
     torch.save([1, 2], tmp_path / "other")
     hostile, other = ((tmp_path / name).read_bytes() for name in ("hostile", "other"))
     for content in (b"", b"junk", good[: len(good) // 2], good[:-10], hostile, other):
         path.write_bytes(content)
         assert str(path) in expect_stop(monkeypatch, *flags, script=script)
         assert path.read_bytes() == content
-    assert not Path("/tmp/simdino_was_here").exists()
+    assert not (tmp_path / "mark").exists()
     path.write_bytes(good)
     for change in (["--arch", "vit_tiny"], ["--patch_size", "16"], ["--hidden_dim", "16"]):
         message = expect_stop(monkeypatch, *flags, *change, script=script)
@@ -1124,3 +1138,459 @@ def test_training_on_a_gpu(monkeypatch, script, pictures, tmp_path, amp):
     assert all(
         name.split(".")[0] in ("backbone", "head") for name in weights_of(tmp_path)["teacher"]
     )
+
+
+# ------------------------------------------------------------------------ evaluation: the weights
+
+
+def weights(version, width=128, depth=4):
+    """A backbone's weights by our names, the same on any machine: patch 8, grid of 4 x 4."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 17, width)}
+    shapes |= {"patch_embed.proj.weight": (width, 3, 8, 8), "patch_embed.proj.bias": (width,)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    if version == 2:
+        shapes["register_tokens"] = (1, 4, width)
+    for i in range(depth):
+        block = {"norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,)}
+        block |= {"norm2.bias": (width,), "attn.qkv.weight": (3 * width, width)}
+        block |= {"attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width)}
+        block |= {"attn.proj.bias": (width,), "mlp.fc1.weight": (4 * width, width)}
+        block |= {"mlp.fc1.bias": (4 * width,), "mlp.fc2.weight": (width, 4 * width)}
+        block["mlp.fc2.bias"] = (width,)
+        if version == 2:
+            block |= {"ls1.gamma": (width,), "ls2.gamma": (width,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    tensors = {}
+    for i, name in enumerate(sorted(shapes)):
+        n = torch.arange(1, math.prod(shapes[name]) + 1, dtype=torch.float64).view(shapes[name])
+        tensor = (0.5 if n.ndim == 1 else 0.2) * torch.sin(n * n * 0.01 + i)
+        tensors[name] = (tensor + bool(re.search(r"norm\d?\.weight", name))).float()
+    return tensors
+
+
+def prefixed(prefix, tensors):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def chunked(tensors):
+    """As FSDP's chunks of 2 blocks name them: blocks.1.3.norm1.weight."""
+    return {
+        re.sub(r"blocks\.(\d)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", name): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def checkpoint(kind):
+    v1, v2, mask = weights(1), weights(2), {"mask_token": torch.ones(1, 128)}
+    head = simdino.ProjectionHead(128, 16, 8).state_dict()
+    official = prefixed("module.backbone.", v1) | prefixed("module.head.", head)
+    ours = prefixed("backbone.", v1) | prefixed("head.", head)
+    ours_v2 = prefixed("backbone.", v2 | mask) | prefixed("head.", head)
+    official_v2 = prefixed("backbone.", chunked(v2) | mask) | prefixed("dino_head.", head)
+    arguments = argparse.Namespace(arch="vit_base", lr=0.1)
+    optimizer = {"param_groups": [{"lr": np.float64(0.1)}]}
+    return {
+        "ours, v1": {"student": {}, "teacher": ours, "step": 3, "args": {"arch": "vit_x"}},
+        "ours, v2": {"student": {}, "teacher": ours_v2, "step": 3, "args": {"arch": "vit_x"}},
+        "official v1, with its arguments": {
+            "teacher": official,
+            "optimizer": optimizer,
+            "args": arguments,
+        },
+        "official v1, flat": v1,
+        "official v1, compiled": prefixed("_orig_mod.", v1),
+        "official v2, chunked": {"teacher": official_v2},
+        "official v2, flat": v2 | mask,
+        "timm's classifier": v1 | {"head.weight": torch.ones(5, 128), "head.bias": torch.ones(5)},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind, version, left_out",
+    [
+        ("ours, v1", 1, ["head"]),
+        ("ours, v2", 2, ["head", "mask_token"]),
+        ("official v1, with its arguments", 1, ["head"]),
+        ("official v1, flat", 1, []),
+        ("official v1, compiled", 1, []),
+        ("official v2, chunked", 2, ["dino_head", "mask_token"]),
+        ("official v2, flat", 2, ["mask_token"]),
+        ("timm's classifier", 1, ["head"]),
+    ],
+)
+def test_weights_of_every_format_give_the_official_features(tmp_path, kind, version, left_out):
+    torch.save(checkpoint(kind), tmp_path / "weights.pth")
+    model, dropped = eval_linear.load_backbone(tmp_path / "weights.pth")
+    assert dropped == left_out
+    expected = {  # official: CLS of the last 4 blocks and mean patch of the last, in float64
+        (1, 32): -3.0275591342386177,
+        (1, 48): 1.681385036146514,  # positions interpolated as in DINO
+        (2, 32): 16.930229918759338,
+        (2, 48): 26.813735525931996,  # positions interpolated with antialiasing
+    }
+    for size in (32, 48):
+        n = torch.arange(2 * 3 * size * size).view(2, 3, size, size)
+        features = eval_linear.encode(model, (n * n * 7 % 251).byte())
+        assert features.shape == (2, 5 * 128)
+        assert fingerprint(features.double()) == pytest.approx(expected[version, size], abs=1e-3)
+
+
+@pytest.mark.parametrize("script", [simdino, simdinov2])
+def test_a_checkpoint_gives_the_features_it_gave_in_training(tmp_path, script):
+    source = script.VisionTransformer(32, 8, **script.ARCHS["vit_nano"]).eval()
+    for p in source.parameters():
+        nn.init.normal_(p, std=0.1)
+    torch.save({"teacher": prefixed("backbone.", source.state_dict())}, tmp_path / "w.pth")
+    model, _ = eval_linear.load_backbone(tmp_path / "w.pth")
+    for size in (32, 48):
+        x = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(model.get_intermediate_layers(x)[0][:, 0], source(x))
+        attention = model.get_last_selfattention(x)
+        torch.testing.assert_close(attention, source.get_last_selfattention(x))
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("vit_tiny_patch16_224", 224),
+        ("vit_small_patch14_dinov2", 112),
+        ("vit_small_patch14_reg4_dinov2", 112),
+    ],
+)
+def test_weights_of_timm_give_its_features(tmp_path, name, size):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name, img_size=size).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.05)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    model, _ = eval_linear.load_backbone(tmp_path / "timm.pth")
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        tokens = model.get_intermediate_layers(x)[0]
+        torch.testing.assert_close(tokens, theirs.forward_features(x), rtol=1e-4, atol=1e-4)
+
+
+def stopped(action, *arguments, **options):
+    """Expect action to end the program; -> its one line."""
+    with pytest.raises(SystemExit) as end:
+        action(*arguments, **options)
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    return end.value.code
+
+
+def test_keys_that_do_not_fit_are_listed(tmp_path):
+    path, tensors = tmp_path / "weights.pth", weights(1)
+    del tensors["blocks.2.norm1.bias"], tensors["norm.weight"]
+    tensors |= {"fc_norm.weight": torch.ones(128), "blocks.0.mlp.w12.weight": torch.ones(2)}
+    tensors["cls_token"] = torch.ones(1, 2, 128)
+    torch.save(tensors, path)
+    message = stopped(eval_linear.load_backbone, path)
+    assert "missing: blocks.2.norm1.bias, norm.weight;" in message
+    assert "left over: blocks.0.mlp.w12.weight, fc_norm.weight;" in message
+    assert message.endswith("of another shape: cls_token")
+
+
+def test_weights_under_another_name_are_asked_for(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": weights(1), "epoch": 3}, path)
+    assert "it has, model, epoch" in stopped(eval_linear.load_backbone, path)
+    eval_linear.load_backbone(path, "model")
+    assert "under epoch" in stopped(eval_linear.load_backbone, path, "epoch")
+
+
+def test_the_number_of_heads_is_a_guess_that_can_be_corrected(tmp_path):
+    path = tmp_path / "weights.pth"
+    for width, guess in (128, 2), (96, 3):
+        torch.save(weights(1, width), path)
+        assert eval_linear.load_backbone(path)[0].blocks[0].attn.num_heads == guess
+    assert eval_linear.load_backbone(path, num_heads=8)[0].blocks[0].attn.num_heads == 8
+    assert "--num_heads 7" in stopped(eval_linear.load_backbone, path, num_heads=7)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"teacher": Code(tmp_path / "mark")}, path)
+    hostile = path.read_bytes()
+    torch.save({"fc.weight": torch.ones(2, 2)}, path)
+    resnet = path.read_bytes()
+    for content in (b"", b"rubbish", hostile, resnet, resnet[:-20]):
+        path.write_bytes(content)
+        assert str(path) in stopped(eval_linear.load_backbone, path)
+        assert path.read_bytes() == content
+    assert not (tmp_path / "mark").exists()
+    torch.save([1, 2], path)
+    assert "has, list" in stopped(eval_linear.load_backbone, path)
+
+
+# ---------------------------------------------------------------------------- evaluation: k-NN
+
+
+def test_knn_counts_weighted_votes_for_every_k_even_beyond_the_bank():
+    torch.manual_seed(0)
+    labels = torch.arange(150) % 5
+    bank = F.normalize(torch.randn(150, 8) + 0.5 * F.one_hot(labels, 8), dim=-1)
+    z, y = F.normalize(torch.randn(300, 8) + F.one_hot(labels, 8).repeat(2, 1), dim=-1), labels
+    y = y.repeat(2)
+    got = eval_linear.knn_accuracies((bank, labels), (z, y), (1, 10, 20, 200))
+    for k, accuracy in got.items():
+        hits = 0
+        for query, label in zip(z, y):
+            cosines = sorted(((query @ t).item(), c.item()) for t, c in zip(bank, labels))[-k:]
+            votes = [sum(math.exp(c / 0.07) for c, own in cosines if own == i) for i in range(5)]
+            hits += int(np.argmax(votes)) == label
+        assert accuracy == pytest.approx(100 * hits / 300)
+    assert len(set(got.values())) > 2, "the ks differ"
+
+
+# ----------------------------------------------------------------------- evaluation: the probe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """train/ and val/ of 3 kinds; val's kind0 and kind1 change places; two files are damaged."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in ("train", 30), ("val", 8):
+        for kind in range(3):
+            shown = kind if split == "train" or kind == 2 else 1 - kind
+            folder = root / split / f"kind{kind}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                rng = np.random.default_rng((shown, i, count))
+                pixels = np.clip(60 * shown + 40 + rng.normal(0, 25, (32, 40, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
+    (root / "train" / "kind1" / "04.png").write_bytes(b"not an image")
+    (root / "val" / "kind2" / "03.png").write_bytes(b"not an image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save({"teacher": weights(2, 96)}, path)
+    flags = f"--weights {path} --data_path {data} --resize_size 32 --crop_size 32 --num_workers 0 "
+    return shlex.split(flags + "--batch_size_per_gpu 16 --epochs 4 --saveckp_freq 1 --seed 3")
+
+
+def evaluate(monkeypatch, *flags):
+    """eval_linear.main() with these flags, in this process."""
+    monkeypatch.setattr(sys, "argv", ["eval_linear.py", *map(str, flags)])
+    eval_linear.main()
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def probe_of(folder):
+    return torch.load(folder / "probe.pth", weights_only=True)
+
+
+@pytest.fixture(scope="module", params=["cached", "crops"])
+def evaluated(request, base, tmp_path_factory):
+    """Flags of a run never interrupted, its folder and what it printed."""
+    flags = [*base, "--cached"] if request.param == "cached" else base
+    output = tmp_path_factory.mktemp("evaluated")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        evaluate(patch, *flags, "--output_dir", output)
+    return flags, output, printed.getvalue()
+
+
+def test_the_probe_learns_and_is_chosen_on_held_out_images_not_on_val(evaluated, base):
+    _, output, printed = evaluated
+    results = results_of(output)
+    held_out, best = results["probe"]["held_out"], results["probe"]["best"]
+    assert len(held_out) == 52 and best in held_out
+    assert held_out[best][0] == max(top1 for top1, _ in held_out.values()) > 80
+    assert all(0 <= top1 <= top5 <= 100 for top1, top5 in held_out.values())
+    # Two kinds change places in val: who knows them best does worst there.
+    assert results["probe"]["val_top1"] < 50 and results["probe"]["val_top5"] == 100
+    assert set(results["knn"]) == {"10", "20", "100", "200"} and results["knn"]["10"] < 50
+    assert results["weights"] == base[1] and results["bad_images"] == 2
+    assert len(results["run"]["sha256"]) == 64 and results["run"]["images"] == [90, 24]
+    assert printed.count("04.png") == 1 and printed.count("val/kind2/03.png") == 1
+    assert best in printed and "4 blocks + patches" in printed and "ETA" in printed
+
+
+def test_a_probe_killed_and_resumed_ends_with_the_same_bits(evaluated, monkeypatch, tmp_path):
+    flags, output, _ = evaluated
+    save = eval_linear.save
+
+    def save_and_die(path, state):
+        save(path, state)
+        if state["step"] == 10:  # of 20, 5 an epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_linear, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(monkeypatch, *flags, "--output_dir", tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr(eval_linear, "save", save)
+    evaluate(monkeypatch, *flags, "--output_dir", tmp_path)
+    assert same(probe_of(tmp_path), probe_of(output))
+    assert results_of(tmp_path) | {"seconds": 0} == results_of(output) | {"seconds": 0}
+
+
+def test_candidates_side_by_side_train_as_each_would_alone(base, monkeypatch, tmp_path):
+    # The reference: a torch.optim.SGD with a group for each classifier, and CosineAnnealingLR.
+    flags = [*base, "--cached"]
+    evaluate(monkeypatch, *flags, "--output_dir", tmp_path)
+    state = probe_of(tmp_path)
+    args = eval_linear.parse_args([*flags, "--output_dir", str(tmp_path)])
+    model, _ = eval_linear.load_backbone(args.weights)
+    train, _ = eval_linear.find_data(Path(args.data_path), 1)
+    images = eval_linear.Images(*train, lambda image: image[:, :, 4:36])
+    rows = [images[i] for i in range(90)]
+    z = eval_linear.encode(model, torch.stack([row[0] for row in rows]))
+    y = torch.tensor([row[1] for row in rows])
+    part = np.random.default_rng(3).permutation(90)[9:]
+    torch.manual_seed(eval_linear.seed_from(3))
+    initial = eval_linear.Probe(96, 4, 3)
+    kinds = {0: z[:, 288:384], 1: z[:, 288:480], 2: z[:, :384], 3: z}
+    chosen = [(kind, rate) for kind in kinds for rate in (0, 8, 12)]
+    heads, groups = [], []
+    for kind, rate in chosen:
+        head = nn.Linear(kinds[kind].shape[1], 3)
+        rows = slice(3 * rate, 3 * rate + 3)
+        head.weight.data.copy_(initial.heads[kind].weight[rows])
+        head.bias.data.copy_(initial.heads[kind].bias[rows])
+        heads.append(head)
+        lr = eval_linear.RATES[rate] * 16 / 256
+        groups.append({"params": list(head.parameters()), "lr": lr})
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    for keys in eval_linear.batches(81, args, 0, 20):
+        index = torch.from_numpy(part[np.array(keys) % 81])
+        optimizer.zero_grad()
+        for (kind, _), head in zip(chosen, heads):
+            F.cross_entropy(head(kinds[kind][index]), y[index]).backward()
+        optimizer.step()
+        schedule.step()
+    for (kind, rate), head in zip(chosen, heads):
+        ours = state["probe"][f"heads.{kind}.weight"][3 * rate : 3 * rate + 3]
+        moved = (head.weight - initial.heads[kind].weight[3 * rate : 3 * rate + 3]).norm()
+        assert moved > 0 and (ours - head.weight).norm() < 1e-3 * moved
+
+
+@pytest.mark.parametrize("evaluated", ["crops"], indirect=True)
+def test_two_processes_give_the_figures_of_one(evaluated, tmp_path):
+    flags, output, _ = evaluated
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    command += ["--master_addr", "127.0.0.1", "--master_port", free_port(), EVAL, *flags]
+    command += ["--batch_size_per_gpu", 8, "--output_dir", tmp_path]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    alone, shared = results_of(output), results_of(tmp_path)
+    assert shared["knn"] == alone["knn"] and shared["bad_images"] == 2
+    assert shared["run"] == alone["run"], "of the same global batch"
+    assert result.stdout.count("the best,") == 1
+    for a, b in zip(probe_of(output)["probe"].values(), probe_of(tmp_path)["probe"].values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    for name, (top1, _) in alone["probe"]["held_out"].items():
+        assert shared["probe"]["held_out"][name][0] == pytest.approx(top1, abs=12), "one of 9"
+
+
+def test_diverged_candidates_do_not_win():
+    probe = eval_linear.Probe(4, 4, 10)
+    with torch.no_grad():
+        for head in probe.heads:
+            head.weight[-10:] = math.nan
+    accuracies = eval_linear.probe_accuracies(probe, torch.randn(500, 20), torch.arange(500) % 10)
+    assert len(accuracies) == 52
+    assert all(accuracies[i][0] < 30 for i in range(52))
+
+
+def test_without_epochs_there_is_k_nn_alone(base, monkeypatch, tmp_path, capsys):
+    evaluate(monkeypatch, *base, "--epochs", 0, "--output_dir", tmp_path)
+    assert "probe" not in results_of(tmp_path) and not (tmp_path / "probe.pth").exists()
+    assert "k = 200" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- the pictures
+
+
+def test_pictures_have_a_row_an_image_and_are_never_written_over(
+    base, data, monkeypatch, tmp_path, capsys
+):
+    photo, out = data / "val" / "kind0" / "01.png", tmp_path / "out.png"
+    before = photo.read_bytes()
+    few = base[:2] + ["--resize_size", "64", "--crop_size", "64"]
+    evaluate(monkeypatch, *few, "--pictures", out, photo, photo)
+    assert Image.open(out).size == (5 * 172 - 4, 16 + 2 * 172 - 4)  # image, 3 heads, PCA
+    pixels = np.asarray(Image.open(out)).astype(int)
+    assert len(np.unique(pixels[20:180, 692:852].reshape(-1, 3), axis=0)) > 8, "of several colours"
+    rows = pixels[16:184], pixels[188:356]
+    assert np.array_equal(*rows), "the same image twice"
+    shown = pixels[16:184, :168].mean((0, 1))
+    assert np.abs(shown - np.asarray(Image.open(photo)).mean((0, 1))).max() < 3
+    for wrong in ([out, photo], [photo, photo], [tmp_path / "a.jpg", photo]):
+        message = stopped(evaluate, monkeypatch, *few, "--pictures", *wrong)
+        assert "first the name of a new .png file" in message
+    assert photo.read_bytes() == before
+    message = stopped(evaluate, monkeypatch, *few, "--pictures", tmp_path / "b.png", base[1])
+    assert "cannot read the image" in message and base[1] in message
+    evaluate(monkeypatch, *base, "--pictures", tmp_path / "val.png")
+    assert Image.open(tmp_path / "val.png").size[1] == 16 + 8 * 172 - 4
+
+
+# ----------------------------------------------------------------------------- when things go wrong
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--weights", "/nowhere.pth"], "/nowhere.pth"),
+        (["--crop_size", "30"], "--crop_size 30 is not a multiple of the patch, 8"),
+        (["--crop_size", "64"], "--resize_size 32 is smaller than --crop_size 64"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0"),
+        (["--batch_size_per_gpu", "82"], "lower --batch_size_per_gpu"),
+        (["--epochs", "-1"], "--epochs -1"),
+        (["--amp", "fp8"], "--amp"),
+        (["--num_heads", "5"], "--num_heads 5"),
+        (["--data_path", "/nowhere"], "/nowhere is not a folder"),
+        (["--data_path", ""], "--data_path"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
+    ],
+)
+def test_bad_arguments_of_the_evaluation_get_one_line(monkeypatch, base, tmp_path, flags, named):
+    output = tmp_path / "out"
+    assert named in stopped(evaluate, monkeypatch, *base, "--output_dir", output, *flags)
+    assert not output.exists()
+
+
+def test_folders_without_labels_or_images_get_one_line(monkeypatch, base, data, tmp_path):
+    flags = [*base, "--output_dir", tmp_path / "out", "--data_path"]
+    assert "no val/ or test/" in stopped(evaluate, monkeypatch, *flags, data / "train")
+    for split in ("train", "val"):
+        folder = tmp_path / "bad" / split / "a"
+        folder.mkdir(parents=True)
+        for i in range(20):
+            (folder / f"{i}.jpg").write_bytes(b"rubbish")
+    assert "can be read" in stopped(evaluate, monkeypatch, *flags, tmp_path / "bad")
+
+
+def test_results_and_probes_of_another_run_are_left_as_they_are(monkeypatch, base, tmp_path):
+    flags = [*base, "--cached", "--output_dir", tmp_path, "--epochs", 1]
+    evaluate(monkeypatch, *flags)
+    good, results = ((tmp_path / n).read_bytes() for n in ("probe.pth", "results.json"))
+    message = stopped(evaluate, monkeypatch, *flags, "--seed", 4)
+    assert "results.json is of another run" in message
+    assert results == (tmp_path / "results.json").read_bytes()
+    (tmp_path / "results.json").unlink()
+    torch.save({"probe": Code(tmp_path / "mark")}, tmp_path / "hostile")
+    for content in (b"", good[:-20], (tmp_path / "hostile").read_bytes()):
+        (tmp_path / "probe.pth").write_bytes(content)
+        assert "cannot resume" in stopped(evaluate, monkeypatch, *flags)
+        assert (tmp_path / "probe.pth").read_bytes() == content
+    (tmp_path / "probe.pth").write_bytes(good)
+    assert "another run" in stopped(evaluate, monkeypatch, *flags, "--seed", 4)
+    assert (tmp_path / "probe.pth").read_bytes() == good
+    assert not (tmp_path / "mark").exists()
+
+
+def test_features_that_are_not_finite_end_the_run(monkeypatch, base, tmp_path):
+    tensors = weights(1)
+    tensors["norm.bias"][3] = math.nan
+    torch.save(tensors, tmp_path / "nan.pth")
+    flags = [*base, "--weights", tmp_path / "nan.pth", "--output_dir", tmp_path / "out"]
+    assert "not finite" in stopped(evaluate, monkeypatch, *flags)
+    assert not (tmp_path / "out" / "results.json").exists()

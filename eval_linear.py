@@ -278,7 +278,7 @@ def seed_from(*numbers):
 
 
 def find_images(root):
-    """Sorted paths of the images below root, and for each the entry of root that it is, or is in."""
+    """Sorted paths of the images below root, and for each the entry of root that it is or is in."""
     paths = []
     for folder, _, names in os.walk(root, followlinks=True):
         paths += [os.path.join(folder, n) for n in names if n.lower().endswith(IMG_EXTENSIONS)]
@@ -303,7 +303,7 @@ def find_data(root, batch):
     return train, val
 
 
-# ----------------------------------------------------------------------------- features, k-NN, probe
+# ---------------------------------------------------------------------------- features, k-NN, probe
 
 BLOCKS = 4
 KINDS = {  # of features; in units of the width: CLS of the last blocks, mean patch of the last one

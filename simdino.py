@@ -470,7 +470,7 @@ def seed_from(*numbers):
 
 
 def find_images(root):
-    """Sorted paths of the images below root, and for each the entry of root that it is, or is in."""
+    """Sorted paths of the images below root, and for each the entry of root that it is or is in."""
     paths = []
     for folder, _, names in os.walk(root, followlinks=True):
         paths += [os.path.join(folder, n) for n in names if n.lower().endswith(IMG_EXTENSIONS)]

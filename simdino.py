@@ -347,7 +347,7 @@ class MultiCrop:
 
 
 def center_crop(image, size):
-    """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small images are not cut."""
+    """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small ones are not cut."""
     short = max(size, min(*image.shape[1:], size * 8 // 7))
     return TF.center_crop(TF.resize(image, short, InterpolationMode.BICUBIC, antialias=True), size)
 

@@ -346,7 +346,7 @@ class Network(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, views, masks, index, hide=False):
-        """Unit rows of all CLS tokens (V B, d), and of the masked patches of the global crops (M, d).
+        """Unit rows of all CLS tokens (V B, d) and of the masked patches of the global crops (M, d).
 
         views: batches, two global ones first; masks: bool (2 B, N); index (M,): where the flattened
         masks are True. hide: whether these patches are also hidden from the backbone.
@@ -417,7 +417,7 @@ class MultiCrop:
 
 
 def center_crop(image, size):
-    """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small images are not cut."""
+    """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small ones are not cut."""
     short = max(size, min(*image.shape[1:], size * 8 // 7))
     return TF.center_crop(TF.resize(image, short, InterpolationMode.BICUBIC, antialias=True), size)
 

@@ -389,7 +389,7 @@ def tiny_vit2(**options):
 
 
 @pytest.mark.parametrize(
-    "height, width, masked, cls, registers, patches",  # official DinoVisionTransformer, block_chunks 0
+    "height, width, masked, cls, registers, patches",  # official DinoVisionTransformer
     [
         (32, 32, False, 0.10318832708893666, 0.10881147621735199, 12.799606920611724),
         (32, 32, True, -4.940383799328852, 2.5265665137142204, -5.835303549566303),

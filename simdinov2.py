@@ -346,7 +346,7 @@ class Network(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, views, masks, index, hide=False):
-        """Unit rows of all CLS tokens (V B, d) and of the masked patches of the global crops (M, d).
+        """Unit rows: all CLS tokens (V B, d), and the masked patches of the global crops (M, d).
 
         views: batches, two global ones first; masks: bool (2 B, N); index (M,): where the flattened
         masks are True. hide: whether these patches are also hidden from the backbone.

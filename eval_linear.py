@@ -73,7 +73,7 @@ class Attention(nn.Module):
 class LayerScale(nn.Module):
     def __init__(self, dim, value):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
     def forward(self, x):
         return x * self.gamma
@@ -296,7 +296,7 @@ def find_data(root, batch):
         stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
     classes = {name: label for label, name in enumerate(sorted(set(names)))}
     train, val = (paths, [classes[name] for name in names]), None
-    for held_out in (root / "test", root / "val"):
+    for held_out in (root / "test", root / "val"):  # val, where there are both
         paths, names = find_images(held_out) if folder != root else ([], [])
         if paths and set(names) <= set(classes):
             val = paths, [classes[name] for name in names]
@@ -473,15 +473,15 @@ def draw(model, paths, transform, out, tile=168, gap=4):
 # ------------------------------------------------------------------------------------- the program
 
 OPTIONS = {  # name: (default, help)
-    "checkpoint_key": ("teacher", "name of the weights inside FILE, if there are several"),
-    "resize_size": (256, "shorter side of an image before its centre is cut out, pixels"),
-    "crop_size": (224, "side of what the model sees, pixels"),
-    "epochs": (100, "passes of the probe over the training images; 0: k-NN alone"),
-    "batch_size_per_gpu": (128, "images a step in each process"),
-    "amp": ("auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
-    "num_workers": (min(10, os.cpu_count()), "data loading processes of each process"),
-    "saveckp_freq": (5, "save the probe, to be resumed, every so many epochs"),
-    "seed": (0, "of held-out images, classifiers, order, crops"),
+    "--checkpoint_key": ("teacher", "name of the weights inside FILE, if there are several"),
+    "--resize_size": (256, "shorter side of an image before its centre is cut out, pixels"),
+    "--crop_size": (224, "side of what the model sees, pixels"),
+    "--epochs": (100, "passes of the probe over the training images; 0: k-NN alone"),
+    "--batch_size_per_gpu": (128, "images a step in each process"),
+    "--amp": ("auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
+    "--num_workers": (min(10, os.cpu_count()), "data loading processes of each process"),
+    "--saveckp_freq": (5, "save the probe, to be resumed, every so many epochs"),
+    "--seed": (0, "of held-out images, classifiers, order, crops"),
 }
 
 
@@ -511,11 +511,10 @@ def parse_args(argv=None):
     parser.add_argument("--cached", action="store_true", help=text)
     text = "draw attention and features of IMG (default: of 8 validation images) and end"
     parser.add_argument("--pictures", nargs="+", metavar=("OUT.png", "IMG"), help=text)
-    for name, (default, text) in OPTIONS.items():
-        choices = ("auto", "bf16", "fp16", "off") if name == "amp" else None
-        parser.add_argument(
-            f"--{name}", default=default, type=type(default), choices=choices, help=text
-        )
+    for flag, (default, text) in OPTIONS.items():
+        choices = ("auto", "bf16", "fp16", "off") if flag == "--amp" else None
+        kind = type(default)
+        parser.add_argument(flag, default=default, type=kind, choices=choices, help=text)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         least = 0 if name in ("cached", "epochs", "num_workers", "seed") else 1

@@ -45,7 +45,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
-from torchvision.transforms.functional import InterpolationMode
 
 SCRIPT = Path(__file__)
 RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
@@ -349,7 +348,8 @@ class MultiCrop:
 def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small ones are not cut."""
     short = max(size, min(*image.shape[1:], size * 8 // 7))
-    return TF.center_crop(TF.resize(image, short, InterpolationMode.BICUBIC, antialias=True), size)
+    image = TF.resize(image, short, TF.InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop(image, size)
 
 
 def normalize(x):
@@ -378,7 +378,7 @@ def adjust_hue(x, shift):
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def gaussian_blur(x, sigma, radius=6):
+def gaussian_blur(x, sigma, radius=6):  # radius: 3 times the largest sigma, 2
     """Blur each image of x (B, 3, H, W) by its own sigma (B,): two products with band matrices."""
 
     def band(size):  # (B, size, size), rows sum to 1, borders reflected
@@ -488,7 +488,7 @@ def find_data(root, batch):
         stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
     classes = {name: label for label, name in enumerate(sorted(set(names)))}
     train, val = (paths, [classes[name] for name in names]), None
-    for held_out in (root / "test", root / "val"):
+    for held_out in (root / "test", root / "val"):  # val, where there are both
         paths, names = find_images(held_out) if folder != root else ([], [])
         if paths and set(names) <= set(classes):
             val = paths, [classes[name] for name in names]
@@ -547,6 +547,7 @@ def render_patterns(root):
 def embed(encode, split, args, device):
     """Unit features (n, D) and labels (n,) of split = (paths, labels), gathered on every rank."""
     images = Images(*split, partial(center_crop, size=args.global_crops_size))
+    images[0]  # stops here if no image can be read
     n, share = len(images), math.ceil(len(images) / WORLD)
     indices = [i % n for i in range(RANK * share, (RANK + 1) * share)]  # the surplus is cut below
     loader = torch.utils.data.DataLoader(images, 256, sampler=indices, num_workers=args.num_workers)
@@ -575,37 +576,41 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
 
 # ------------------------------------------------------------------------------------- the training
 
-OPTIONS = {  # name: (default on the built-in data, the paper's on ImageNet, help)
-    "arch": ("vit_nano", "vit_base", "backbone, one of " + ", ".join(ARCHS)),
-    "patch_size": (8, 16, "side of a patch, pixels"),
-    "hidden_dim": (512, 2048, "width of the projection head"),
-    "drop_path_rate": (0.0, 0.1, "stochastic depth of the student, rate at the last block"),
-    "global_crops_size": (32, 224, "side of the 2 global views, pixels"),
-    "local_crops_size": (16, 96, "side of the local views, pixels"),
-    "global_crops_scale": ((0.4, 1.0), (0.4, 1.0), "share of the image's area in a global view"),
-    "local_crops_scale": ((0.15, 0.4), (0.05, 0.4), "share of the image's area in a local view"),
-    "local_crops_number": (6, 10, "local views of an image"),
-    "coeff": (1.0, 1.0, "weight of comp, the mean cosine"),
-    "eps_sq": (0.4, 0.4, "eps^2 of the coding rate R"),
-    "group_size": (64, 64, "rows whose R is taken together; 0: the global batch"),
-    "eps": (None, None, "the official flag: eps^2 = EPS * global batch / group size"),
-    "gamma": (None, None, "weight of R; by default (d + n) / (d n), n = global batch"),
-    "expa_type": (1, 1, "R of the student's features (0) or of (student + teacher) / 2 (1)"),
-    "epochs": (7, 100, "passes over the data"),
-    "batch_size_per_gpu": (64, 64, "images a step in each process"),
-    "lr": (0.005, 0.0005, "peak learning rate for a global batch of 256, scaled in proportion"),
-    "min_lr": (1e-6, 1e-6, "learning rate at the end"),
-    "warmup_epochs": (1.0, 10.0, "epochs over which the learning rate rises from 0"),
-    "weight_decay": (0.04, 0.04, "weight decay at the start"),
-    "weight_decay_end": (0.04, 0.4, "weight decay at the end"),
-    "clip_grad": (3.0, 3.0, "largest gradient norm of each parameter tensor; 0: any"),
-    "momentum_teacher": (0.8, 0.996, "momentum of the EMA teacher at the start; 1 at the end"),
-    "amp": ("auto", "auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
-    "num_workers": (1, min(10, os.cpu_count()), "data loading processes of each training process"),
-    "saveckp_freq": (0, 10, "keep a copy of the checkpoint every so many epochs; 0: never"),
-    "eval_freq": (4, 10, "k-NN accuracy every so many epochs, if there are labels; 0: never"),
-    "max_steps": (0, 0, "stop after so many steps of the schedule set by --epochs; 0: do not"),
-    "seed": (0, 0, "of weights, order, views, augmentation, stochastic depth"),
+OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, help)
+    "--arch": ("vit_nano", "vit_base", "backbone, one of " + ", ".join(ARCHS)),
+    "--patch_size": (8, 16, "side of a patch, pixels"),
+    "--hidden_dim": (512, 2048, "width of the projection head"),
+    "--drop_path_rate": (0.0, 0.1, "stochastic depth of the student, rate at the last block"),
+    "--global_crops_size": (32, 224, "side of the 2 global views, pixels"),
+    "--local_crops_size": (16, 96, "side of the local views, pixels"),
+    "--global_crops_scale": ((0.4, 1.0), (0.4, 1.0), "share of the image's area in a global view"),
+    "--local_crops_scale": ((0.15, 0.4), (0.05, 0.4), "share of the image's area in a local view"),
+    "--local_crops_number": (6, 10, "local views of an image"),
+    "--coeff": (1.0, 1.0, "weight of comp, the mean cosine"),
+    "--eps_sq": (0.4, 0.4, "eps^2 of the coding rate R"),
+    "--group_size": (64, 64, "rows whose R is taken together; 0: the global batch"),
+    "--eps": (None, None, "the official flag: eps^2 = EPS * global batch / group size"),
+    "--gamma": (None, None, "weight of R; by default (d + n) / (d n), n = global batch"),
+    "--expa_type": (1, 1, "R of the student's features (0) or of (student + teacher) / 2 (1)"),
+    "--epochs": (7, 100, "passes over the data"),
+    "--batch_size_per_gpu": (64, 64, "images a step in each process"),
+    "--lr": (0.005, 0.0005, "peak learning rate for a global batch of 256, scaled in proportion"),
+    "--min_lr": (1e-6, 1e-6, "learning rate at the end"),
+    "--warmup_epochs": (1.0, 10.0, "epochs over which the learning rate rises from 0"),
+    "--weight_decay": (0.04, 0.04, "weight decay at the start"),
+    "--weight_decay_end": (0.04, 0.4, "weight decay at the end"),
+    "--clip_grad": (3.0, 3.0, "largest gradient norm of each parameter tensor; 0: any"),
+    "--momentum_teacher": (0.8, 0.996, "momentum of the EMA teacher at the start; 1 at the end"),
+    "--amp": ("auto", "auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
+    "--num_workers": (
+        1,
+        min(10, os.cpu_count()),
+        "data loading processes of each training process",
+    ),
+    "--saveckp_freq": (0, 10, "keep a copy of the checkpoint every so many epochs; 0: never"),
+    "--eval_freq": (4, 10, "k-NN accuracy every so many epochs, if there are labels; 0: never"),
+    "--max_steps": (0, 0, "stop after so many steps of the schedule set by --epochs; 0: do not"),
+    "--seed": (0, 0, "of weights, order, views, augmentation, stochastic depth"),
 }
 POSITIVE = "patch_size hidden_dim global_crops_size local_crops_size eps eps_sq epochs lr "
 POSITIVE += "batch_size_per_gpu"
@@ -624,18 +629,16 @@ def parse_args(argv=None):
     parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
     parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    choices = {"arch": ARCHS, "amp": ("auto", "bf16", "fp16", "off"), "expa_type": (0, 1)}
-    for name, (built_in, imagenet, text) in OPTIONS.items():
+    choices = {"--arch": ARCHS, "--amp": ("auto", "bf16", "fp16", "off"), "--expa_type": (0, 1)}
+    for flag, (built_in, imagenet, text) in OPTIONS.items():
         many = 2 if isinstance(built_in, tuple) else None
         kind = float if many or built_in is None else type(built_in)
         text += f" [{built_in} | {imagenet}]"
-        parser.add_argument(
-            f"--{name}", type=kind, nargs=many, choices=choices.get(name), help=text
-        )
+        parser.add_argument(flag, type=kind, nargs=many, choices=choices.get(flag), help=text)
     args = parser.parse_args(argv)
-    for name, (built_in, imagenet, _) in OPTIONS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, imagenet if args.data_path else built_in)
+    for flag, (built_in, imagenet, _) in OPTIONS.items():
+        if getattr(args, flag[2:]) is None:
+            setattr(args, flag[2:], imagenet if args.data_path else built_in)
 
     for name, value in vars(args).items():
         least = 1e-12 if name in POSITIVE.split() else 0

@@ -261,7 +261,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = divmod(key, len(self))
-        torch.manual_seed(seed_from(self.seed, epoch, index))
+        torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))  # of the CPU alone
         for skipped in range(len(self)):
             used = (index + skipped) % len(self)
             with suppress(Exception):  # there is no end to what a decoder may raise

@@ -381,10 +381,6 @@ def load_image(path):
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def resize(image, h, w):  # antialiased bicubic, uint8 in and out
-    return F.interpolate(image[None], (h, w), mode="bicubic", antialias=True)[0]
-
-
 class MultiCrop:
     """In the workers: uint8 (3, H, W) -> list of uint8 views, two global ones first.
 
@@ -414,7 +410,8 @@ class MultiCrop:
                     break
             h, w = min(max(h, 1), height), min(max(w, 1), width)  # where none of 10 tries fits
             y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
-            views.append(resize(image[:, y : y + h, x : x + w], size, size))
+            crop = image[None, :, y : y + h, x : x + w]
+            views.append(F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0])
         return views
 
 
@@ -557,7 +554,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = divmod(key, len(self))
-        torch.manual_seed(seed_from(self.seed, epoch, index))
+        torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))  # of the CPU alone
         for skipped in range(len(self)):
             used = (index + skipped) % len(self)
             with suppress(Exception):  # there is no end to what a decoder may raise
@@ -706,22 +703,14 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, hel
     "--lr": (0.005, 0.004, "peak learning rate at a global batch of 1024, scaled by its root"),
     "--min_lr": (1e-6, 1e-6, "learning rate at the end"),
     "--warmup_epochs": (1.0, 10.0, "epochs over which the learning rate rises from 0"),
-    "--layerwise_decay": (
-        1.0,
-        0.9,
-        "factor of the learning rate from a block to the one before it",
-    ),
+    "--layerwise_decay": (1.0, 0.9, "factor of the learning rate from a block to the one before"),
     "--patch_embed_lr_mult": (1.0, 0.2, "factor of the patch embedding's learning rate"),
     "--weight_decay": (0.04, 0.04, "weight decay at the start"),
     "--weight_decay_end": (0.04, 0.4, "weight decay at the end"),
     "--clip_grad": (3.0, 3.0, "largest gradient norm of the backbone, of the head; 0: any"),
     "--momentum_teacher": (0.8, 0.9, "momentum of the EMA teacher at the start; 1 at the end"),
     "--amp": ("auto", "auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
-    "--num_workers": (
-        1,
-        min(10, os.cpu_count()),
-        "data loading processes of each training process",
-    ),
+    "--num_workers": (1, min(10, os.cpu_count()), "data loading processes of a training process"),
     "--saveckp_freq": (0, 10, "keep a copy of the checkpoint every so many epochs; 0: never"),
     "--eval_freq": (4, 10, "k-NN accuracy every so many epochs, if there are labels; 0: never"),
     "--max_steps": (0, 0, "stop after so many steps of the schedule set by --epochs; 0: do not"),
@@ -824,11 +813,11 @@ def step_flops(backbone, args, batch=10):
 def matmul_rate(device, dtype, n=8192, times=20):
     """Measured operations a second of n x n matrix products: the 100 % of the logged MFU."""
     x = torch.randn(n, n, device=device, dtype=dtype)
-    for repeat in range(times + 1):
-        if repeat == 1:  # the first is the warm-up
-            torch.cuda.synchronize()
-            clock = time.perf_counter()
-        x @ x
+    for repeats in 1, times:  # the first is the warm-up
+        torch.cuda.synchronize()
+        clock = time.perf_counter()
+        for _ in range(repeats):
+            x @ x
     torch.cuda.synchronize()
     return 2 * n**3 * times / (time.perf_counter() - clock)
 

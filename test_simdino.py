@@ -671,9 +671,11 @@ def test_multicrop_cuts_shares_and_aspects_in_range():
     assert 0.68 < min(aspects) < 0.78 and 1.28 < max(aspects) < 1.45
 
 
-def test_multicrop_resizes_as_torchvision_does():
-    image = simdino.resize(torch.from_numpy(np.array(photo(96, 96))).permute(2, 0, 1), 40, 40)
+def test_multicrop_resizes_as_torchvision_does(monkeypatch):
     tensor = torch.from_numpy(np.array(photo(96, 96))).permute(2, 0, 1)
+    # Aspect 1 and the full area: the crop is the whole image.
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kind: torch.full(shape, 0.5, **kind))
+    image = simdino.MultiCrop(40, 40, (1.0, 1.0))(tensor)[0]
     bicubic = TF.InterpolationMode.BICUBIC
     expected = TF.resize(tensor, [40, 40], bicubic, antialias=True)
     assert (image.int() - expected.int()).abs().max() <= 1

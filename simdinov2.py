@@ -42,6 +42,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as TF
@@ -68,14 +69,14 @@ def coding_rate(z, eps_sq):
 
 
 class SimDINOLoss(torch.nn.Module):
-    """loss = -coeff * comp - gamma * R: the equation above (coeff 1), less its constant 1.
+    """loss = -coeff * comp - gamma * R: mean 1/2 |z_s - z_t|^2 - gamma R, less the constant 1.
 
     comp ("compression", the official name): mean cosine over the pairs of a teacher's global view
     and another view of the student's; 1/2 |z_s - z_t|^2 = 1 - cosine for unit rows.
     R: mean coding rate over the 2 global views and over groups of group_size rows, cut in rank
     order from the global batch (None: the global batch is one group); expa ("expansion") = gamma R.
-    expa_type: R of the student's rows (0), or of (student + teacher) / 2 (1, the official default),
-    which are shorter than 1 where the two disagree.
+    expa_type: R of the student's rows (0), or of (student + teacher) / 2 (1, the official default):
+    rows that are shorter than 1 where the two disagree.
     gamma: None for the official (d + n) / (d n), with n the global batch, not the group.
     """
 
@@ -93,9 +94,10 @@ class SimDINOLoss(torch.nn.Module):
     def forward(self, student, teacher, with_rank=True):
         """student (V, B, d), its 2 global views first, teacher (2, B, d): unit rows.
 
-        Returns the loss and detached scalars: comp, expa and, with_rank, the effective rank of the
-        global batch's rows, exp(entropy of their spectrum): 1 when all are alike. The rank makes
-        the host wait for the device. ValueError if groups do not divide the global batch.
+        Returns the loss and detached scalars: comp, expa and, if with_rank, rank, the effective
+        rank of the global batch's rows, exp(entropy of their spectrum): 1 when all are alike. It
+        makes the host wait for the device. B is the same on all ranks; ValueError if the group does
+        not divide the global batch.
         """
         with torch.autocast(student.device.type, enabled=False):  # a log-determinant needs float32
             dtype = torch.promote_types(student.dtype, torch.float32)
@@ -119,8 +121,7 @@ class SimDINOLoss(torch.nn.Module):
                 rows = z.detach().flatten(0, 1)
                 gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
                 p = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
-                p = p / p.sum()
-                stats["rank"] = (-(p * p.log()).sum()).exp()
+                stats["rank"] = torch.special.entr(p / p.sum()).sum().exp()
         return -self.coeff * comp - expa, stats
 
     @staticmethod
@@ -369,11 +370,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 def load_image(path):
     """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation."""
     if str(path).lower().endswith((".jpg", ".jpeg")):
-        try:  # 1.2 to 1.4 times as fast as Pillow
-            data, rgb = torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB
-            return torchvision.io.decode_jpeg(data, rgb, apply_exif_orientation=True)
-        except (RuntimeError, AttributeError):  # no JPEG inside, or a torchvision without decoders
-            pass
+        with suppress(RuntimeError, AttributeError):  # no JPEG inside, or no decoder in torchvision
+            data = torchvision.io.read_file(str(path))  # 1.2 to 1.4 times as fast as Pillow
+            return torchvision.io.decode_jpeg(data, "RGB", apply_exif_orientation=True)
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
@@ -428,11 +427,6 @@ def normalize(x):
     return (x - mean) / std
 
 
-def to_gray(x):
-    r, g, b = x.split(1, dim=1)
-    return 0.2989 * r + 0.587 * g + 0.114 * b  # (B, 1, H, W)
-
-
 def blend(x, other, factor):
     return (factor * x + (1 - factor) * other).clamp(0, 1)
 
@@ -456,7 +450,7 @@ def gaussian_blur(x, sigma, radius=6):  # radius: 3 times the largest sigma, 2
         weight = (-((offset / sigma[:, None]) ** 2) / 2).softmax(-1)  # (B, taps)
         at = (torch.arange(size, device=x.device) + offset[:, None]).abs()
         at = (size - 1) - ((size - 1) - at).abs()
-        taps = (at[..., None] == torch.arange(size, device=x.device)).to(x.dtype)
+        taps = torch.eye(size, dtype=x.dtype, device=x.device)[at]  # (taps, size, size)
         return torch.einsum("bk,kij->bij", weight, taps)[:, None]
 
     return band(x.shape[2]) @ x @ band(x.shape[3]).mT
@@ -468,9 +462,9 @@ def jitter(x, order, brightness, contrast, saturation, hue):
         if i == 0:
             x = blend(x, 0, brightness)
         elif i == 1:
-            x = blend(x, to_gray(x).mean((1, 2, 3), keepdim=True), contrast)
+            x = blend(x, TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), contrast)
         elif i == 2:
-            x = blend(x, to_gray(x), saturation)
+            x = blend(x, TF.rgb_to_grayscale(x), saturation)
         else:
             x = adjust_hue(x, hue)
     return x
@@ -479,17 +473,17 @@ def jitter(x, order, brightness, contrast, saturation, hue):
 def augment(views, generator=None):
     """On the device: uint8 batches (B, 3, h, w), two global views first -> normalised float32.
 
-    DINO's photometric augmentation, one set of random parameters an image: flip, colour jitter in
-    an order drawn once a batch, grayscale, blur, solarise. Each operation equals torchvision's.
+    DINO's photometric augmentation with random parameters for each view of each image: flip, colour
+    jitter (its order is drawn for a batch), grayscale, blur, solarise; all equal torchvision's.
     """
-    batch, start, out = len(views[0]), 0, []
+    batch, out = len(views[0]), []
     chances = [(1.0, 0.0), (0.1, 0.2)] + [(0.5, 0.0)] * (len(views) - 2)  # of blur, of solarise
     source = "cpu" if generator is None else generator.device  # drawn there, sent in one copy
-    for _, run in groupby(views, key=lambda view: view.shape[-2:]):  # one pass a resolution
-        x = torch.cat(list(run)) / 255
-        last = start + len(x) // batch
-        p = torch.tensor(chances[start:last], device=source).repeat_interleave(batch, dim=0)
-        start = last
+    pairs = zip(views, chances)
+    for _, run in groupby(pairs, key=lambda pair: pair[0].shape[-2:]):  # one pass a resolution
+        same, p = zip(*run)
+        x = torch.cat(same) / 255
+        p = torch.tensor(p, device=source).repeat_interleave(batch, dim=0)
         u = torch.rand(10, len(x), device=source, generator=generator)
         order = torch.randperm(4, device=source, generator=generator).tolist()
         shift = (2 * u[:4] - 1) * (u[4] < 0.8)  # 0: no jitter
@@ -500,7 +494,7 @@ def augment(views, generator=None):
         x = torch.where(flip > 0, x.flip(-1), x)
         factors = 1 + 0.4 * brightness, 1 + 0.4 * contrast, 1 + 0.2 * saturation, 0.1 * hue
         x = jitter(x, order, *factors)
-        x = gaussian_blur(torch.where(gray > 0, to_gray(x), x), sigma.flatten())
+        x = gaussian_blur(torch.where(gray > 0, TF.rgb_to_grayscale(x), x), sigma.flatten())
         x = torch.where((solarize > 0) & (x >= 128 / 255), 1 - x, x)
         out += normalize(x).split(batch)
     return out
@@ -537,11 +531,10 @@ def block_masks(crops, side, rows, probability, ratios, seed):
     return torch.from_numpy(masks).flatten(1)
 
 
-class Images(torch.utils.data.Dataset):
+class Images(Dataset):
     """images[epoch * len + i] -> transform(image i), its label, -1.
 
-    In place of an unreadable image comes the next one that can be read, and i in place of -1.
-
+    If it cannot be read: the next image that can, that one's label, i.
     What transform draws at random depends on (seed, epoch, i) alone, not on the worker.
     """
 
@@ -571,7 +564,7 @@ def seed_from(*numbers):
 
 
 def find_images(root):
-    """Sorted paths of the images below root, and for each the entry of root that it is or is in."""
+    """Sorted paths of the images below root, and the first part of each below root: its class."""
     paths = []
     for folder, _, names in os.walk(root, followlinks=True):
         paths += [os.path.join(folder, n) for n in names if n.lower().endswith(IMG_EXTENSIONS)]
@@ -596,14 +589,13 @@ def find_data(root, batch):
     return train, val
 
 
-def draw_pattern(kind, rng, size=32, oversample=2):
+def draw_pattern(kind, rng, size=32):
     """One of ten patterns at random angle, scale, phase, polarity, contrast: a grayscale image.
 
     Half of its pixels are light and half dark, so that brightness tells nothing of the kind.
     """
-    n = size * oversample
     angle, cells = rng.uniform(0, 2 * np.pi), rng.uniform(2.2, 4.2)
-    y, x = (np.mgrid[:n, :n] / n - 0.5) * cells
+    y, x = (np.mgrid[: 2 * size, : 2 * size] / (2 * size) - 0.5) * cells
     p = x * np.cos(angle) + y * np.sin(angle) + rng.uniform()
     q = y * np.cos(angle) - x * np.sin(angle) + rng.uniform()
     u, v = abs(p % 1 - 0.5), abs(q % 1 - 0.5)  # distances from the middle of a cell
@@ -622,7 +614,7 @@ def draw_pattern(kind, rng, size=32, oversample=2):
         np.hypot(bond, q % 1),  # scallops
     )[kind]
     light = np.sign(height - np.median(height)) * rng.choice([-1, 1])
-    light = light.reshape(size, oversample, size, oversample).mean((1, 3))
+    light = light.reshape(size, 2, size, 2).mean((1, 3))
     noise = rng.normal(0, rng.uniform(3, 15), (size, size))
     light = 128 + rng.uniform(-15, 15) + rng.uniform(50, 110) * light + noise
     return Image.fromarray(light.clip(0, 255).astype(np.uint8))
@@ -651,7 +643,7 @@ def embed(encode, split, args, device):
     images[0]  # stops here if no image can be read
     n, share = len(images), math.ceil(len(images) / WORLD)
     indices = [i % n for i in range(RANK * share, (RANK + 1) * share)]  # the surplus is cut below
-    loader = torch.utils.data.DataLoader(images, 256, sampler=indices, num_workers=args.num_workers)
+    loader = DataLoader(images, 256, sampler=indices, num_workers=args.num_workers)
     rows = []
     for x, label, _ in loader:
         z = encode(normalize(x.to(device) / 255))
@@ -716,6 +708,7 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, hel
     "--max_steps": (0, 0, "stop after so many steps of the schedule set by --epochs; 0: do not"),
     "--seed": (0, 0, "of weights, order, views, masks, augmentation, stochastic depth"),
 }
+# Of these 0, too, is refused:
 POSITIVE = "patch_size hidden_dim global_crops_size local_crops_size eps eps_sq epochs lr "
 POSITIVE += "batch_size_per_gpu"
 
@@ -726,9 +719,7 @@ def stop(message):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="defaults: [on the built-in data | on --data_path]"
-    )
+    parser = argparse.ArgumentParser(description="defaults: [on built-in data | on --data_path]")
     parser.error = stop
     parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
     parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
@@ -799,7 +790,7 @@ def batches(n, args, start, end, rank=RANK):
 
 
 def step_flops(backbone, args, batch=10):
-    """Operations of student and teacher for one image, counted on a copy that holds no numbers."""
+    """Operations of both backbones for one image, counted on a copy without numbers ("meta")."""
     backbone = copy.deepcopy(backbone).to("meta")
     sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
     views = [torch.empty(batch, 3, size, size, device="meta") for size in sizes]
@@ -843,7 +834,7 @@ def restore(path, args, parts):
         return int(state["step"])
     except Exception as error:  # truncated, of something else, or with code inside
         reason = " ".join(str(error).split())[:120]
-        message = f"cannot resume {path} ({reason}): move it away, or choose another --output_dir"
+        message = f"cannot resume {path} ({reason}): move {path.parent} away, or choose another"
         raise SystemExit(f"{SCRIPT.name}: {message}") from error
 
 
@@ -853,7 +844,9 @@ def main():
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
         if LOCAL_RANK >= torch.cuda.device_count():
-            raise SystemExit(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
+            raise SystemExit(
+                f"{SCRIPT.name}: no GPU for process {LOCAL_RANK}: lower --nproc_per_node"
+            )
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -885,7 +878,7 @@ def main():
     shape = {"img_size": args.global_crops_size, "patch_size": args.patch_size, **ARCHS[args.arch]}
     shape |= {"num_register_tokens": args.num_register_tokens, "layerscale": args.layerscale}
     backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
-    head = ProjectionHead(backbone.norm.weight.numel(), args.hidden_dim)
+    head = ProjectionHead(shape["embed_dim"], args.hidden_dim)
     student = Network(backbone, head).to(device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     params, teacher_params = list(student.parameters()), list(teacher.parameters())
@@ -898,7 +891,7 @@ def main():
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     autocast = partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    flops = step_flops(backbone, args) / matmul_rate(device, dtype) if cuda else None
+    ideal = step_flops(backbone, args) / matmul_rate(device, dtype) if cuda else None  # s an image
 
     def knn(encode):
         with autocast():
@@ -940,10 +933,8 @@ def main():
     wd = cosine_schedule(args.weight_decay, args.weight_decay_end, total)
     momentum = cosine_schedule(args.momentum_teacher, 1.0, total)
 
-    keys, workers = batches(n, args, start, end), args.num_workers
-    loader = torch.utils.data.DataLoader(
-        images, batch_sampler=keys, num_workers=workers, pin_memory=cuda
-    )
+    keys = batches(n, args, start, end)
+    loader = DataLoader(images, batch_sampler=keys, num_workers=args.num_workers, pin_memory=cuda)
     clear = "\r\033[K" if sys.stdout.isatty() else ""  # rewrites the line
     share = range(RANK * args.batch_size_per_gpu, (RANK + 1) * args.batch_size_per_gpu)
     draw_masks = partial(
@@ -1015,7 +1006,7 @@ def main():
         figures = figures.cpu().double().numpy()
         finite = np.isfinite(figures).all(1)
         if not finite.all():
-            broken = step + 1 - len(finite) + finite.argmin()
+            broken = step + 2 - len(finite) + finite.argmin()
             stop(f"the loss is not finite at step {broken}: try a lower --lr or --amp off")
         steps, seconds = len(figures), time.perf_counter() - clock
         speed, eta = steps * args.global_batch / seconds, (end - step - 1) * seconds / steps
@@ -1032,7 +1023,7 @@ def main():
         # Every epoch: check, evaluate, log, save
         tensors = [x for state in optimizer.state.values() for x in state.values()]
         if not all(x.isfinite().all() for x in params + teacher_params + tensors):
-            stop(f"weights not finite after step {step}: try a lower --lr or --amp off")
+            stop(f"weights not finite after step {step + 1}: try a lower --lr or --amp off")
         used = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
         accuracy = None
         if monitored and ((epoch + 1) % args.eval_freq == 0 or step + 1 == end):
@@ -1052,7 +1043,7 @@ def main():
             "knn": accuracy,
             "img_s": speed,
             "data_wait": waited / seconds,
-            "mfu": flops and flops * speed / WORLD,
+            "mfu": ideal and ideal * speed / WORLD,
             "mem_gb": used / 2**30,
             "bad_images": round(means[4] * WORLD * steps),
         }

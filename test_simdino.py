@@ -353,10 +353,8 @@ def test_stochastic_depth_keeps_the_expectation_and_spares_the_teacher():
     with torch.no_grad():
         tokens = model.prepare_tokens(x)
         branch = block.attn(block.norm1(tokens))
-        keep = torch.stack(
-            [torch.bernoulli(torch.full((n, 1, 1), 0.5)) / 0.5, torch.zeros(n, 1, 1)]
-        )
-        moved = block(tokens.expand(n, -1, -1), keep) - tokens
+        nn.init.zeros_(block.mlp.fc2.weight)  # leaves the first branch alone
+        moved = block(tokens.expand(n, -1, -1)) - tokens
         assert (moved.mean(0) - branch).norm() < 0.06 * branch.norm(), "3 sigma of 4000 draws: 0.05"
         images = x.expand(256, -1, -1, -1)
         dropped = (model(images) - model(x.expand(2, -1, -1, -1))[:1]).abs().amax(1) > 1e-6
@@ -715,7 +713,6 @@ def test_photometric_operations_equal_torchvision_image_by_image():
         ("contrast", simdino.jitter(x, [1], one, f, one, none), TF.adjust_contrast),
         ("saturation", simdino.jitter(x, [2], one, one, f, none), TF.adjust_saturation),
         ("hue", simdino.jitter(x, [3], one, one, one, h), TF.adjust_hue),
-        ("gray", simdino.to_gray(x), lambda x, _: TF.rgb_to_grayscale(x)),
         ("blur", blurred, lambda x, _: x),
     ):
         values = hue if name == "hue" else factor
@@ -1287,9 +1284,9 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     tensors["cls_token"] = torch.ones(1, 2, 128)
     torch.save(tensors, path)
     message = stopped(eval_linear.load_backbone, path)
-    assert "missing: blocks.2.norm1.bias, norm.weight;" in message
-    assert "left over: blocks.0.mlp.w12.weight, fc_norm.weight;" in message
-    assert message.endswith("of another shape: cls_token")
+    assert 'Missing key(s) in state_dict: "blocks.2.norm1.bias", "norm.weight".' in message
+    assert '"blocks.0.mlp.w12.weight"' in message.split("Unexpected key(s)")[1]
+    assert "size mismatch for cls_token" in message
 
 
 def test_weights_under_another_name_are_asked_for(tmp_path):
@@ -1585,6 +1582,8 @@ def test_results_and_probes_of_another_run_are_left_as_they_are(monkeypatch, bas
         assert (tmp_path / "probe.pth").read_bytes() == content
     (tmp_path / "probe.pth").write_bytes(good)
     assert "another run" in stopped(evaluate, monkeypatch, *flags, "--seed", 4)
+    assert "another run" in stopped(evaluate, monkeypatch, *flags, "--epochs", 0)
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == []
     assert (tmp_path / "probe.pth").read_bytes() == good
     assert not (tmp_path / "mark").exists()
 

@@ -625,8 +625,8 @@ def parse_args(argv=None):
             stop(f"--{name} {value} is not a multiple of --patch_size {args.patch_size}")
         if isinstance(value, (list, tuple)) and not 0 < value[0] <= value[1] <= 1:
             stop(f"--{name} takes two numbers, 0 < LOW <= HIGH <= 1")
-        if name in ("drop_path_rate", "momentum_teacher") and value >= 1:
-            stop(f"--{name} {value} must be below 1")
+        if name in ("drop_path_rate", "momentum_teacher", "mask_sample_probability") and value > 1:
+            stop(f"--{name} {value} must not be above 1")
     if args.warmup_epochs >= args.epochs:
         stop(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     args.global_batch = n = args.batch_size_per_gpu * WORLD
@@ -795,7 +795,8 @@ def main():
         model = nn.parallel.DistributedDataParallel(student, ids, gradient_as_bucket_view=True)
 
     # Schedules, one value a step
-    peak_lr, warmup = args.lr * args.global_batch / 256, int(args.warmup_epochs * per_epoch)
+    peak_lr = args.lr * args.global_batch / 256
+    warmup = int(args.warmup_epochs * per_epoch)
     lr = cosine_schedule(peak_lr, args.min_lr, total, warmup)
     wd = cosine_schedule(args.weight_decay, args.weight_decay_end, total)
     momentum = cosine_schedule(args.momentum_teacher, 1.0, total)

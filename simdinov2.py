@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """SimDINOv2: DINOv2 without prototypes, Sinkhorn, KoLeo or temperatures, in one file.
 
-To SimDINO (simdino.py, to be read first: what both do stands there in the same words) it adds, as
-DINOv2 to DINO, a second task: the student sees half of the global crops with blocks of patches
-hidden, and its features there are pulled to the teacher's, who sees all. One head serves both.
+Read simdino.py first: what both do stands in each in the same words. As DINOv2 to DINO, this adds
+a second task: the student sees half of the global crops with blocks of patches hidden, and its
+features there are pulled to the teacher's, who sees all. One head serves both. The ViT has register
+tokens and LayerScale, and the lower a block, the lower its learning rate.
 
     loss = mean 1/2 |z_s - z_t|^2 - gamma R_eps(Z)     CLS tokens, as in SimDINO
-         + mean 1/2 |p_s - p_t|^2                      hidden patches, each image weighs the same
+         + mean 1/2 |p_s - p_t|^2                      of a crop's hidden patches; 0 where none is
 
     torchrun simdinov2.py                                             # the built-in data
     torchrun --nproc_per_node=8 simdinov2.py --data_path /imagenet    # the paper's ImageNet recipe
@@ -147,7 +148,7 @@ def masked_patch_loss(student, teacher, masks):
         dtype = torch.promote_types(student.dtype, torch.float32)
         cosine = torch.cosine_similarity(student.to(dtype), teacher.detach().to(dtype), dim=-1)
         count = masks.sum(-1)
-        weight = (1 / count).repeat_interleave(count, output_size=len(student))  # no wait for it
+        weight = (1 / count).repeat_interleave(count, output_size=len(student))  # without a wait
         return -(cosine * weight).sum() / len(masks)
 
 
@@ -208,10 +209,8 @@ class Block(nn.Module):
             x = x + self.ls1(self.attn(self.norm1(x)))
             return x + self.ls2(self.mlp(self.norm2(x)))
         scale = len(x) / keep.shape[1]  # keeps the expectation
-        branch = self.ls1(self.attn(self.norm1(x[keep[0]])))
-        x = x.index_add(0, keep[0], branch.to(x.dtype), alpha=scale)
-        branch = self.ls2(self.mlp(self.norm2(x[keep[1]])))
-        return x.index_add(0, keep[1], branch.to(x.dtype), alpha=scale)
+        x = x.index_add(0, keep[0], self.ls1(self.attn(self.norm1(x[keep[0]]))), alpha=scale)
+        return x.index_add(0, keep[1], self.ls2(self.mlp(self.norm2(x[keep[1]]))), alpha=scale)
 
 
 class VisionTransformer(nn.Module):
@@ -341,20 +340,16 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-class Network(nn.Module):
+class Network(nn.Sequential):
     """A backbone and the head that its CLS and patch tokens share."""
 
-    def __init__(self, backbone, head):
-        super().__init__()
-        self.backbone, self.head = backbone, head
+    def forward(self, views, index, masks=None):
+        """Unit rows: all CLS tokens (V B, d), and the indexed patches of the global crops (M, d).
 
-    def forward(self, views, masks, index, hide=False):
-        """Unit rows: all CLS tokens (V B, d), and the masked patches of the global crops (M, d).
-
-        views: batches, two global ones first; masks: bool (2 B, N); index (M,): where the flattened
-        masks are True. hide: whether these patches are also hidden from the backbone.
+        views: batches, two global ones first; index (M,): among the 2 B N patches of these;
+        masks: bool (2 B, N), True for the patches that are hidden from the backbone.
         """
-        tokens = self.backbone.forward_features(torch.cat(views[:2]), masks if hide else None)
+        tokens = self.backbone.forward_features(torch.cat(views[:2]), masks)
         cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]
         if views[2:]:
             cls = torch.cat([cls, self.backbone(views[2:])])
@@ -503,15 +498,15 @@ def augment(views, generator=None):
 def block_masks(crops, side, rows, probability, ratios, seed):
     """Bool (len(rows), side * side): patches to hide, in blocks, as iBOT and DINOv2 draw them.
 
-    Of crops global crops the share probability gets a mask; the ratios of masked patches are spread
-    evenly over (lowest, highest) ratios. rows: the crops whose masks are wanted: a mask depends on
-    its row and on seed, a tuple of integers. Blocks have at least 4 patches, where as many are left
-    to mask, and aspects of 0.3 to 1 / 0.3.
+    Of crops global crops, int(crops * probability) get a mask; the ratios of masked patches are
+    spread evenly over ratios, (lowest, highest). rows: the crops whose masks are wanted, whatever
+    the others; seed: a tuple of integers. Blocks have areas of about 4 patches or more and aspects
+    of 0.3 to 1 / 0.3.
     """
     masks, masked = np.zeros((len(rows), side, side), dtype=bool), int(crops * probability)
     bounds = np.linspace(*ratios, masked + 1)
-    rank = np.random.default_rng(seed).permutation(crops)[rows]  # among those with a mask
-    for mask, row, i in zip(masks, rows, rank):
+    order = np.random.default_rng(seed).permutation(crops)[rows]  # the first ones get a mask
+    for mask, row, i in zip(masks, rows, order):
         if i >= masked:
             continue
         rng, tries = np.random.default_rng((*seed, row)), 0
@@ -692,7 +687,7 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, hel
     "--expa_type": (1, 1, "R of the student's features (0) or of (student + teacher) / 2 (1)"),
     "--epochs": (7, 100, "passes over the data"),
     "--batch_size_per_gpu": (64, 128, "images a step in each process"),
-    "--lr": (0.005, 0.004, "peak learning rate at a global batch of 1024, scaled by its root"),
+    "--lr": (0.005, 0.004, "peak learning rate, times the root of global batch / 1024"),
     "--min_lr": (1e-6, 1e-6, "learning rate at the end"),
     "--warmup_epochs": (1.0, 10.0, "epochs over which the learning rate rises from 0"),
     "--layerwise_decay": (1.0, 0.9, "factor of the learning rate from a block to the one before"),
@@ -743,8 +738,8 @@ def parse_args(argv=None):
             stop(f"--{name} {value} is not a multiple of --patch_size {args.patch_size}")
         if isinstance(value, (list, tuple)) and not 0 < value[0] <= value[1] <= 1:
             stop(f"--{name} takes two numbers, 0 < LOW <= HIGH <= 1")
-        if name in ("drop_path_rate", "momentum_teacher") and value >= 1:
-            stop(f"--{name} {value} must be below 1")
+        if name in ("drop_path_rate", "momentum_teacher", "mask_sample_probability") and value > 1:
+            stop(f"--{name} {value} must not be above 1")
     if args.warmup_epochs >= args.epochs:
         stop(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     args.global_batch = n = args.batch_size_per_gpu * WORLD
@@ -764,7 +759,7 @@ def cosine_schedule(base, final, total_steps, warmup_steps=0):
 
 
 def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
-    """AdamW's groups, lr_scale and decays of each: see --layerwise_decay; only matrices decay."""
+    """AdamW's groups, each with lr_scale and decays (not: biases, norms and LayerScale)."""
     depth, groups = len(student.backbone.blocks), {}
     for name, p in student.named_parameters():
         layer = depth + 1  # of the last norm and the head
@@ -774,9 +769,8 @@ def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
             layer = 0
         scale = layerwise_decay ** (depth + 1 - layer)
         scale *= patch_embed_lr_mult if "patch_embed" in name else 1
-        group = {"params": [], "lr_scale": scale, "decays": p.ndim > 1}
-        groups.setdefault((scale, p.ndim > 1), group)["params"].append(p)
-    return list(groups.values())
+        groups.setdefault((scale, p.ndim > 1), []).append(p)
+    return [{"params": p, "lr_scale": s, "decays": d} for (s, d), p in groups.items()]
 
 
 def batches(n, args, start, end, rank=RANK):
@@ -879,7 +873,7 @@ def main():
     shape |= {"num_register_tokens": args.num_register_tokens, "layerscale": args.layerscale}
     backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
     head = ProjectionHead(shape["embed_dim"], args.hidden_dim)
-    student = Network(backbone, head).to(device)
+    student = Network(OrderedDict(backbone=backbone, head=head)).to(device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     params, teacher_params = list(student.parameters()), list(teacher.parameters())
     loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, args.gamma, args.expa_type)
@@ -936,15 +930,8 @@ def main():
     keys = batches(n, args, start, end)
     loader = DataLoader(images, batch_sampler=keys, num_workers=args.num_workers, pin_memory=cuda)
     clear = "\r\033[K" if sys.stdout.isatty() else ""  # rewrites the line
-    share = range(RANK * args.batch_size_per_gpu, (RANK + 1) * args.batch_size_per_gpu)
-    draw_masks = partial(
-        block_masks,
-        2 * args.global_batch,
-        args.global_crops_size // args.patch_size,
-        [*share, *(args.global_batch + i for i in share)],  # this rank's of both global views
-        args.mask_sample_probability,
-        args.mask_ratio_min_max,
-    )
+    own = np.arange(2 * args.global_batch).reshape(2, WORLD, -1)[:, RANK].flatten()  # global crops
+    masking = args.mask_sample_probability, args.mask_ratio_min_max
     record, first = torch.zeros(per_epoch, 6, device=device), start % per_epoch
     idle = torch.cuda.Event() if cuda else None
     named, data, waited, clock = set(), iter(loader), 0.0, time.perf_counter()
@@ -964,15 +951,16 @@ def main():
 
         torch.manual_seed(seed_from(args.seed, step, RANK))  # of augmentation and stochastic depth
         views = augment([view.to(device, non_blocking=True) for view in views])
-        masks = draw_masks((args.seed, step))
+        masks = block_masks(2 * args.global_batch, backbone.side, own, *masking, (args.seed, step))
         index = masks.flatten().nonzero().flatten()  # on the host: so its length is known there
         masks, index = masks.to(device, non_blocking=True), index.to(device, non_blocking=True)
         with autocast():
             with torch.no_grad():
-                z_t, p_t = teacher(views[:2], masks, index)
-            z_s, p_s = model(views, masks, index, hide=True)
-        z_t, z_s = z_t.unflatten(0, (2, -1)), z_s.unflatten(0, (len(views), -1))
-        loss, stats = loss_fn(z_s, z_t, with_rank=sync)  # (V, B, d), (2, B, d)
+                z_t, p_t = teacher(views[:2], index)
+            z_s, p_s = model(views, index, masks)
+        z_t = z_t.unflatten(0, (2, -1))  # (2, B, d)
+        z_s = z_s.unflatten(0, (len(views), -1))  # (V, B, d)
+        loss, stats = loss_fn(z_s, z_t, with_rank=sync)
         patch_loss = masked_patch_loss(p_s, p_t, masks)
         loss = loss + args.ibot_loss_weight * patch_loss
 
@@ -982,9 +970,9 @@ def main():
         if args.clip_grad:
             nn.utils.clip_grad_norm_(backbone.parameters(), args.clip_grad)
             nn.utils.clip_grad_norm_(head.parameters(), args.clip_grad)
-        for group in optimizer.param_groups:
-            group["lr"] = float(lr[step] * group["lr_scale"])
-            group["weight_decay"] = float(wd[step] * group["decays"])
+        for group, fixed in zip(optimizer.param_groups, groups):
+            group["lr"] = float(lr[step] * fixed["lr_scale"])
+            group["weight_decay"] = float(wd[step] * fixed["decays"])
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():  # the teacher: exponential moving average of the student

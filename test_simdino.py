@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import chain
@@ -521,7 +522,8 @@ def test_masks_depend_on_seed_step_and_crop_alone():
 def masked_worker(rank, world, port, queue):
     """Gradients of a tiny SimDINOv2 under DDP on this rank's block of 8 images."""
     backbone = fill(simdinov2.VisionTransformer(16, 4, 24, 2, 2))
-    net = model = simdinov2.Network(backbone, fill(simdinov2.ProjectionHead(24, 16, 12)))
+    head = fill(simdinov2.ProjectionHead(24, 16, 12))
+    net = model = simdinov2.Network(OrderedDict(backbone=backbone, head=head))
     if world > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
@@ -533,8 +535,8 @@ def masked_worker(rank, world, port, queue):
     masks = simdinov2.block_masks(16, 4, crops, 0.5, (0.1, 0.5), (0, 3))
     index = masks.flatten().nonzero().flatten()
     with torch.no_grad():
-        z_t, p_t = model(views[:2], masks, index)
-    z_s, p_s = net(views, masks, index, hide=True)
+        z_t, p_t = model(views[:2], index)
+    z_s, p_s = net(views, index, masks)
     z_s, z_t = z_s.unflatten(0, (3, -1)), z_t.unflatten(0, (2, -1))
     loss = SimDINOLoss(0.1, 4)(z_s, z_t)[0] + simdinov2.masked_patch_loss(p_s, p_t, masks)
     loss.backward()
@@ -560,7 +562,8 @@ def test_v2_gradients_do_not_depend_on_world_size():
 
 
 def test_parameter_groups_scale_and_decay_as_the_official_ones():
-    student = simdinov2.Network(tiny_vit2(), simdinov2.ProjectionHead(32, 16, 8))
+    head = simdinov2.ProjectionHead(32, 16, 8)
+    student = simdinov2.Network(OrderedDict(backbone=tiny_vit2(), head=head))
     names = {id(p): name for name, p in student.named_parameters()}
     groups = simdinov2.parameter_groups(student, 0.9, 0.2)
     ours = {names[id(p)]: (g["lr_scale"], g["decays"]) for g in groups for p in g["params"]}

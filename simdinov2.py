@@ -838,9 +838,7 @@ def main():
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
         if LOCAL_RANK >= torch.cuda.device_count():
-            raise SystemExit(
-                f"{SCRIPT.name}: no GPU for process {LOCAL_RANK}: lower --nproc_per_node"
-            )
+            raise SystemExit(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)

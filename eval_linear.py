@@ -319,7 +319,7 @@ def encode(model, x):
     return torch.cat([*(tokens[:, 0] for tokens in layers), patches], dim=-1).float()
 
 
-def extract(encode, images, loader, dim, dtype, device):
+def extract(embed, images, loader, dim, dtype, device):
     """Features (n, dim), labels (n,) and unreadable ones' numbers of all images, on every rank."""
     n, share = len(images), math.ceil(len(images) / WORLD)
     done = RANK * share
@@ -329,7 +329,7 @@ def extract(encode, images, loader, dim, dtype, device):
     clock = time.perf_counter()
     for x, label, replaced in loader(images, 128, sampler=indices):
         rows = slice(done, done + len(x))
-        features[rows], notes[rows] = encode(x), torch.stack([label, replaced], 1).to(device)
+        features[rows], notes[rows] = embed(x), torch.stack([label, replaced], 1).to(device)
         done += len(x)
         say("features of image " + eta(clock, done - RANK * share, share), end="")
     if WORLD > 1:

@@ -3,10 +3,11 @@
 
 An image gives V views: 2 global crops and several local ones. The student, a ViT with a 3-layer
 head, maps all of them to unit vectors z_s; the teacher, a moving average (EMA) of the student,
-maps the global ones to z_t. Views of one image are pulled together, images are kept apart:
+maps the global ones to z_t. Views of one image are pulled together, and the rows Z of the global
+views are kept apart, weighed by a constant gamma:
 
     loss = mean 1/2 |z_s - z_t|^2 - gamma R_eps(Z)     mean: (global, other view) pairs of an image
-    R_eps(Z) = 1/2 logdet(I + d / (n eps^2) Z'Z)       coding rate of n rows of d numbers
+    R_eps(Z) = 1/2 logdet(I + d / (n eps^2) Z'Z)       coding rate of Z, n unit rows of d numbers
 
     torchrun simdino.py                                               # the built-in data
     torchrun --nproc_per_node=8 simdino.py --data_path /imagenet      # the paper's ImageNet recipe

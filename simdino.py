@@ -14,7 +14,7 @@ views are kept apart, weighed by a constant gamma:
     torchrun simdino.py --data_path FOLDER --arch vit_small           # any folder of images
 
 The first trains a ViT on ten kinds of patterns that the script draws: k-NN 62.4 and 66.2 % (seeds 0
-and 1) in 1.8 minutes on 2 CPU cores, where raw pixels give 34.2 %, random weights 17.2 and 15.0 %.
+and 1) in 1.9 minutes on 2 CPU cores, where raw pixels give 34.2 %, random weights 17.2 and 15.0 %.
 
 "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
 "Official" below is the authors' code, github.com/RobinWu218/SimDINO.

@@ -22,7 +22,7 @@ images, views and groups, each GPU taking its share of the 512 images of a step 
 The first command trains on ten kinds of patterns that the script draws: k-NN accuracy @@K-NN@@ %
 (seeds 0, 1 and 2) in @@TIME@@ minutes on 2 CPU cores; random weights give @@RANDOM@@ %, raw pixels 34.2 %.
 
-Part 1 is the method, in the order in which an image meets it; part 2 is what runs it.
+Section 1 is the method, in the order in which an image meets it; section 2 is what runs it.
 "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
 "Official" below is the authors' code, github.com/RobinWu218/SimDINO.
 """
@@ -57,9 +57,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
-# ==================================================================================================
-# Part 1: the method
-# ==================================================================================================
+# =============================================================================== 1. The method
 
 # ----------------------------------------------------------------------------------------- the loss
 
@@ -484,9 +482,7 @@ class SimDINO:
         return torch.stack(figures).mean(0), z_s.detach(), z_t
 
 
-# ==================================================================================================
-# Part 2: what runs it
-# ==================================================================================================
+# =============================================================================== 2. What runs it
 
 SCRIPT = Path(__file__)
 RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
@@ -527,10 +523,8 @@ class together:
         pass
 
     def __exit__(self, kind, error, trace):
-        problem = (
-            error.code if kind is SystemExit else error and f"{kind.__name__}: {reason(error)}"
-        )
-        if kind and kind is not SystemExit:
+        problem = getattr(error, "code", error and f"{SCRIPT.name}: {reason(error)}")
+        if kind not in (None, SystemExit, OSError):  # what nobody expects
             traceback.print_exception(error)
         problem = next(filter(None, meet(problem)), None)
         if problem:
@@ -555,7 +549,7 @@ def reason(error):
     """An exception's text in one line; of a worker's, which holds a traceback, the last line."""
     lines = str(error).split("\n")
     text = lines[-1] or lines[-2] if "Traceback" in str(error) else " ".join(lines)
-    return " ".join(text.split())[:160] or type(error).__name__
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def say(text, end="\n"):
@@ -586,10 +580,9 @@ def load_image(path):
     OSError for what cannot be read.
     """
     try:
+        path = os.fspath(path)
         if path.lower().endswith((".jpg", ".jpeg")):
-            with suppress(
-                RuntimeError, AttributeError
-            ):  # no JPEG inside; no decoder in torchvision
+            with suppress(RuntimeError, AttributeError):  # no JPEG inside, or no decoder there
                 data = torchvision.io.read_file(path)  # 1.2 to 1.4 times as fast as Pillow
                 return torchvision.io.decode_jpeg(data, "RGB", apply_exif_orientation=True)
         with Image.open(path) as image:
@@ -788,7 +781,7 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
 
 # -------------------------------------------------------------------------------------- the options
 
-TINY, INF = 1e-12, math.inf
+TINY, INF, AMP = 1e-12, math.inf, ("auto", "bf16", "fp16", "off")
 OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, range, help)
     "--arch": ("vit_nano", "vit_base", tuple(ARCHS), "backbone, one of " + ", ".join(ARCHS)),
     "--patch_size": (8, 16, (1, INF), "side of a patch, pixels"),
@@ -814,13 +807,8 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--weight_decay": (0.04, 0.04, (0, INF), "weight decay at the start"),
     "--weight_decay_end": (0.04, 0.4, (0, INF), "weight decay at the end"),
     "--clip_grad": (3.0, 3.0, (0, INF), "largest gradient norm of a parameter tensor; 0: any"),
-    "--momentum_teacher": (
-        0.8,
-        0.996,
-        (0, 1),
-        "momentum of the teacher at the start; 1 at the end",
-    ),
-    "--amp": ("auto", "auto", ("auto", "bf16", "fp16", "off"), "auto: bf16 or else fp16 on GPUs"),
+    "--momentum_teacher": (0.8, 0.996, (0, 1), "the teacher's momentum at the start; 1 at the end"),
+    "--amp": ("auto", "auto", AMP, "auto: bf16 or else fp16 on GPUs; off: float32 without TF32"),
     "--num_workers": (1, min(10, os.cpu_count()), (0, INF), "data loading processes of a process"),
     "--saveckp_freq": (0, 10, (0, INF), "keep a copy of the checkpoint every so many epochs"),
     "--eval_freq": (4, 10, (0, INF), "k-NN accuracy every so many epochs; 0: never"),
@@ -834,7 +822,7 @@ FREE += "eval_freq max_steps"
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="defaults: [on built-in data | on --data_path]")
-    parser.error = stop
+    parser.error = refuse = partial(stop, aloud=RANK == 0)  # all processes have the same flags
     parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
     parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
@@ -855,24 +843,22 @@ def parse_args(argv=None):
         value = getattr(args, flag[2:])
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, str | None) and not allowed[0] <= number <= allowed[1]:
-                stop(f"{flag} {number} is not in the range from {allowed[0]:g} to {allowed[1]:g}")
+                refuse(f"{flag} {number} is not in the range from {allowed[0]:g} to {allowed[1]:g}")
         if isinstance(value, list) and value[0] > value[1]:
-            stop(f"{flag} takes two numbers, the lower one first")
+            refuse(f"{flag} takes two numbers, the lower one first")
         if flag.endswith("crops_size") and value % args.patch_size:
-            stop(f"{flag} {value} is not a multiple of --patch_size {args.patch_size}")
+            refuse(f"{flag} {value} is not a multiple of --patch_size {args.patch_size}")
     if args.warmup_epochs >= args.epochs:
-        stop(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+        refuse(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
 
     n, own = args.batch_size, min(args.batch_size_per_gpu, max(1, args.batch_size // WORLD))
-    together_, group = own * WORLD, min(args.group_size or n, n)
-    if n % together_:
-        fit = f"{max(1, n // together_) * together_} or {(n // together_ + 1) * together_}"
-        stop(f"--batch_size {n} is not whole rounds of {WORLD} x {own} images: {fit} would be")
-    if own % group and (group % own or together_ % group):
-        fit = f"divide {own}, or be a multiple of it that divides {together_}"
-        stop(
-            f"--group_size {group} cannot be cut from {WORLD} processes x {own} images: it must {fit}"
-        )
+    at_once, group = own * WORLD, min(args.group_size or n, n)
+    if n % at_once:
+        fit = f"{max(1, n // at_once) * at_once} or {(n // at_once + 1) * at_once}"
+        refuse(f"--batch_size {n} is not made of rounds of {WORLD} x {own} images: {fit} would be")
+    if own % group and (group % own or at_once % group):
+        fit = f"it must divide {own}, or be a multiple of it that divides {at_once}"
+        refuse(f"--group_size {group} does not fit {WORLD} processes x {own} images: {fit}")
     args.batch_size_per_gpu, args.group_size = own, group
     if args.eps is not None:
         args.eps_sq = args.eps * n / group
@@ -990,19 +976,18 @@ def build(args, device):
 
 
 def main():
-    device = start_process()
+    args = parse_args()
+    device, output = start_process(), Path(args.output_dir)
+    root = Path(args.data_path or output / "patterns")
     with together():
-        args = parse_args()
-        output = Path(args.output_dir)
-        root = Path(args.data_path or output / "patterns")
         if RANK == 0:
             claim(output)
         if RANK == 0 and not args.data_path and not root.exists():
             render_patterns(root)
     with together():
         images, judged, why = open_images(args, root)
-    run = vars(args) | {"images": hashlib.sha256(b"\0".join(images.names)).hexdigest()}
-    if len(set(meet(run["images"]))) > 1:
+    run = vars(args) | {"image_list": hashlib.sha256(b"\0".join(images.names)).hexdigest()[:16]}
+    if len(set(meet(run["image_list"]))) > 1:
         stop(f"the processes do not find the same images in {images.root}", RANK == 0)
     model = build(args, device)
     weights, cuda = sum(p.numel() for p in model.params), device.type == "cuda"
@@ -1104,10 +1089,10 @@ def main():
             figure, z_s, z_t = model.step(blocks(step), lr[step], wd[step], momentum[step])
             pending.append(figure)
             done = step + 1
-            if done != stop_at and done % max(1, 10 // rounds) and not (SIGNALS and WORLD == 1):
+            if done != stop_at and done % 10 and not (SIGNALS and WORLD == 1):
                 continue
 
-            # Every 10 blocks the host waits for the device: the figures of the steps since.
+            # Every 10 steps the host waits for the device, and reads the figures since.
             new = torch.stack(pending) / WORLD
             if WORLD > 1:
                 dist.all_reduce(new)

@@ -1,36 +1,44 @@
 # SPDX-License-Identifier: MIT
 """SimDINOv2: DINOv2 without prototypes, Sinkhorn, KoLeo or temperatures, in one file.
 
+    torchrun simdinov2.py                                             # the built-in data
+    torchrun --nproc_per_node=W simdinov2.py --data_path /imagenet --output_dir runs/vitb16_v2
+    torchrun simdinov2.py --data_path FOLDER --output_dir runs/mine   # any folder of images
+
 Read simdino.py first: what both do stands in each in the same words. As DINOv2 to DINO, this adds
 a second task: the student sees half of the global crops with blocks of patches hidden, and its
-features there are pulled to the teacher's, who sees all. One head serves both. The ViT has register
-tokens and LayerScale, and the lower a block, the lower its learning rate.
+features there, p_s, are pulled to the teacher's, p_t, who sees all:
 
-    loss = mean 1/2 |z_s - z_t|^2 - gamma R_eps(Z)     CLS tokens, as in SimDINO
-         + mean 1/2 |p_s - p_t|^2                      of a crop's hidden patches; 0 where none is
+    loss = mean ½‖z_s - z_t‖² - γ R(Z)        CLS tokens, as in SimDINO
+         + mean ½‖p_s - p_t‖²                 of a crop's hidden patches; 0 where none is
 
-    torchrun simdinov2.py                                             # the built-in data
-    torchrun --nproc_per_node=8 simdinov2.py --data_path /imagenet    # the paper's ImageNet recipe
-    torchrun simdinov2.py --data_path FOLDER --arch vit_small         # any folder of images
+No rate keeps patches apart. But one head serves both: it maps CLS tokens, whose rate is kept high,
+and patches alike, and the CLS token is made of patches by attention: were these all alike, it could
+not tell images apart. The ViT has register tokens and LayerScale, and the lower a block, the lower
+its learning rate. The recipe takes 1,024 images a step, in groups and rounds of 128.
 
-The first trains a ViT on ten kinds of patterns that the script draws: k-NN 70.4 and 68.2 % (seeds 0
-and 1) in 2.2 minutes on 2 CPU cores, where raw pixels give 34.2 %, random weights 17.2 and 14.2 %.
+The first command trains on ten kinds of patterns that the script draws: k-NN accuracy @@K-NN@@ %
+(seeds 0, 1 and 2) in @@TIME@@ minutes on 2 CPU cores; random weights give @@RANDOM@@ %, raw pixels 34.2 %.
 
+Section 1 is the method, in the order in which an image meets it; section 2 is what runs it.
 "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
 "Official" below is the authors' code, github.com/RobinWu218/SimDINO.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
-import resource
+import re
 import shutil
+import signal
 import sys
 import time
+import traceback
 from collections import OrderedDict
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
@@ -43,42 +51,45 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import functional as TF
 
-SCRIPT = Path(__file__)
-RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+# =============================================================================== 1. The method
 
 # ----------------------------------------------------------------------------------------- the loss
 
 
 def coding_rate(z, eps_sq):
-    """Coding rate R = 1/2 logdet(I + d / (n eps^2) Z'Z) of n unit rows, in nats: paper, eq. (8).
+    """Coding rate R = ½ logdet(I + d / (n ε²) ZᵀZ) of n unit rows, in nats: paper, eq. (8).
 
-    z: (..., n, d); eps_sq: squared quantisation error, > 0. Returns (...): smallest when all rows
-    are alike, largest when they are orthogonal.
+    z: (..., n, d); eps_sq: ε² > 0. Returns (...). It is ½ Σ log(1 + d λ / (n ε²)) over the
+    eigenvalues λ of ZᵀZ, which sum to n: the log-volume that the rows fill, counted in balls of
+    radius ε. Smallest, ½ log(1 + d / ε²), when all rows are alike, the collapse: one λ is n.
+    Largest when they are spread evenly: (n/2) log(1 + d / (n ε²)) for n <= d orthogonal rows.
+    Directions with λ below n ε² / d hardly count, so the larger ε, the fewer are worth opening.
     """
     n, d = z.shape[-2:]
-    gram = z @ z.mT if n < d else z.mT @ z  # ZZ' and Z'Z share their non-zero spectrum
+    gram = z @ z.mT if n < d else z.mT @ z  # ZZᵀ and ZᵀZ share their non-zero eigenvalues
     eye = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
     factor, _ = torch.linalg.cholesky_ex(eye + d / (n * eps_sq) * gram)  # _ex: no wait for the GPU
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # 1/2 logdet(LL') = sum log diag(L)
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # ½ logdet(LLᵀ) = Σ log diag(L)
 
 
 class SimDINOLoss(torch.nn.Module):
-    """loss = -coeff * comp - gamma * R: mean 1/2 |z_s - z_t|^2 - gamma R, less the constant 1.
+    """loss = -coeff comp - γ R: mean ½‖z_s - z_t‖² - γ R, less the constant 1.
 
-    comp ("compression", the official name): mean cosine over the pairs of a teacher's global view
-    and another view of the student's; 1/2 |z_s - z_t|^2 = 1 - cosine for unit rows.
-    R: mean coding rate over the 2 global views and over groups of group_size rows, cut in rank
-    order from the global batch (None: the global batch is one group); expa ("expansion") = gamma R.
-    expa_type: R of the student's rows (0), or of (student + teacher) / 2 (1, the official default):
-    rows that are shorter than 1 where the two disagree.
-    gamma: None for the official (d + n) / (d n), with n the global batch, not the group.
+    comp ("compression", the official name): mean cosine, 1 - ½‖z_s - z_t‖², over the pairs of a
+    teacher's global view and a student's view. Pairs of the very same crop are left out: they agree
+    without knowing what two views of an image share.
+    R: mean coding rate over the two global views and over groups of group_size rows, cut in order
+    from the batch of all processes (None: the whole batch is one group). Z is the student's rows
+    (expa_type 0) or (student + teacher) / 2 (1, the official default): shorter than 1 where the two
+    disagree. expa ("expansion") = γ R.
+    group_size 64, eps_sq 0.4: the official code, on 8 GPUs of 64 images, takes each GPU's own rows
+    but divides by the rows of all: its --eps 0.05 is ε² = 0.05 * 8 on groups of 64.
+    gamma: weight of R; None for (d + n) / (d n), n the images of the batch. The authors' heuristic:
+    for d = 256, 0.0059 at 512 images, 0.0195 at 64. Smaller batches weigh R more.
     """
 
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
@@ -92,50 +103,51 @@ class SimDINOLoss(torch.nn.Module):
         self.eps_sq, self.group_size, self.coeff = eps_sq, group_size, coeff
         self.gamma, self.expa_type = gamma, expa_type
 
-    def forward(self, student, teacher, with_rank=True):
+    def forward(self, student, teacher):
         """student (V, B, d), its 2 global views first, teacher (2, B, d): unit rows.
 
-        Returns the loss and detached scalars: comp, expa and, if with_rank, rank, the effective
-        rank of the global batch's rows, exp(entropy of their spectrum): 1 when all are alike. It
-        makes the host wait for the device. B is the same on all ranks; ValueError if the group does
-        not divide the global batch.
+        B, this process's images, is the same on all. Returns the loss and detached comp and expa.
+        ValueError if the group does not divide the batch of all processes.
         """
-        with torch.autocast(student.device.type, enabled=False):  # a log-determinant needs float32
+        # Autocast would form ZᵀZ in half precision, and near collapse, where all eigenvalues but
+        # one are close to 0, those of the rounded matrix are negative: the logarithm is NaN.
+        with torch.autocast(student.device.type, enabled=False):
             dtype = torch.promote_types(student.dtype, torch.float32)
             student, teacher = student.to(dtype), teacher.detach().to(dtype)
-            views, _, d = student.shape
+            views, images, d = student.shape
 
+            # comp is a mean over images: the mean of the processes' values is that of the batch.
             cosine = torch.cosine_similarity(teacher[:, None], student, dim=-1).mean(-1)  # (2, V)
             comp = (cosine.sum() - cosine.diagonal().sum()) / (2 * views - 2)  # not the same view
 
-            z = student[:2] if self.expa_type == 0 else (student[:2] + teacher) / 2
-            z = self.gather(z)  # (2, n, d)
-            n = z.shape[1]
-            group = min(self.group_size or n, n)
-            if n % group:
-                raise ValueError(f"group_size {group} does not divide the global batch of {n}")
-            gamma = (d + n) / (d * n) if self.gamma is None else self.gamma
+            # R is no mean over images, only over groups: a group across processes is gathered.
+            z = student[:2] if self.expa_type == 0 else (student[:2] + teacher) / 2  # (2, B, d)
+            batch = images * self.processes()
+            group = min(self.group_size or batch, batch)
+            if batch % group:
+                raise ValueError(f"group_size {group} does not divide the batch of {batch} images")
+            if images % group:
+                z = self.gather(z)  # (2, batch, d)
+            gamma = (d + batch) / (d * batch) if self.gamma is None else self.gamma
             expa = gamma * coding_rate(z.unflatten(1, (-1, group)), self.eps_sq).mean()
-
-            stats = {"comp": comp.detach(), "expa": expa.detach()}
-            if with_rank:
-                rows = z.detach().flatten(0, 1)
-                gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
-                p = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
-                stats["rank"] = torch.special.entr(p / p.sum()).sum().exp()
-        return -self.coeff * comp - expa, stats
+        return -self.coeff * comp - expa, {"comp": comp.detach(), "expa": expa.detach()}
 
     @staticmethod
-    def gather(z):
-        """All ranks' rows (..., B, d) -> (..., n, d), in rank order; this rank's carry gradient."""
+    def processes():
         dist = torch.distributed  # by its full name, so that the class can be copied alone
-        if not (dist.is_available() and dist.is_initialized()):
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    @classmethod
+    def gather(cls, z):
+        """Rows (..., B, d) of all processes in order of rank; this process's carry gradient."""
+        world = cls.processes()
+        if world == 1:
             return z
         own = z.detach().contiguous()
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, own)
-        # The value of z, world times its gradient: DDP averages over ranks, R needs the sum.
-        parts[dist.get_rank()] = own + len(parts) * (z - own)
+        parts = [torch.empty_like(own) for _ in range(world)]
+        torch.distributed.all_gather(parts, own)
+        # The value of z, world times its gradient: DDP averages over processes, R needs the sum.
+        parts[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(parts, dim=-2)
 
 
@@ -148,8 +160,22 @@ def masked_patch_loss(student, teacher, masks):
         dtype = torch.promote_types(student.dtype, torch.float32)
         cosine = torch.cosine_similarity(student.to(dtype), teacher.detach().to(dtype), dim=-1)
         count = masks.sum(-1)
-        weight = (1 / count).repeat_interleave(count, output_size=len(student))  # without a wait
+        weight = 1 / count.clamp(min=1)  # of each crop's patches, repeated without a wait
+        weight = weight.repeat_interleave(count, output_size=len(student))
         return -(cosine * weight).sum() / len(masks)
+
+
+@torch.no_grad()
+def effective_rank(rows):
+    """How many directions rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ.
+
+    1 when all rows are alike, at most min(n, d). The built-in run rises from 1 to about @@RANK@@ of
+    128 rows. Below 2 after the first epochs is a collapse. The host waits for the device.
+    """
+    rows = rows.float()
+    gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
+    p = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
+    return torch.special.entr(p / p.sum()).sum().exp()
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -171,15 +197,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def heads(self, x):  # (B, T, D) -> q, k, v, each (B, heads, T, D / heads)
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return [part.transpose(1, 2) for part in qkv.unbind(2)]
 
     def forward(self, x):
-        q, k, v = self.heads(x)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def weights(self, x):
-        q, k, _ = self.heads(x)
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # (B, heads, T, T)
+        x = F.scaled_dot_product_attention(*self.heads(x))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
@@ -204,20 +227,24 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, layerscale)
 
     def forward(self, x, keep=None):
-        """keep: (2, K), the samples of which the two branches are computed; None: all."""
+        """keep: (2, K), the samples for which each of the branches is computed; None: all."""
         if keep is None:
             x = x + self.ls1(self.attn(self.norm1(x)))
             return x + self.ls2(self.mlp(self.norm2(x)))
         scale = len(x) / keep.shape[1]  # keeps the expectation
-        x = x.index_add(0, keep[0], self.ls1(self.attn(self.norm1(x[keep[0]]))), alpha=scale)
-        return x.index_add(0, keep[1], self.ls2(self.mlp(self.norm2(x[keep[1]]))), alpha=scale)
+        kept = x[keep[0]]
+        x = x.index_copy(0, keep[0], kept + scale * self.ls1(self.attn(self.norm1(kept))))
+        kept = x[keep[1]]
+        return x.index_copy(0, keep[1], kept + scale * self.ls2(self.mlp(self.norm2(kept))))
 
 
 class VisionTransformer(nn.Module):
     """ViT whose parameters are named as in DINOv2, so that weights travel both ways.
 
     forward: images (B, 3, H, W), H and W multiples of patch_size -> CLS features (B, D); a list of
-    such batches, of several sizes -> their CLS features concatenated in that order.
+    such batches, of several sizes -> their CLS features concatenated in that order. ValueError for
+    another size. grad_checkpointing = True: activations of a block are computed again in the
+    backward pass instead of kept.
     """
 
     def __init__(
@@ -235,7 +262,8 @@ class VisionTransformer(nn.Module):
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         self.patch_size, self.side = patch_size, img_size // patch_size
-        self.drop_path_rate, self.num_register_tokens = drop_path_rate, num_register_tokens
+        self.drop_path_rate, self.grad_checkpointing = drop_path_rate, False
+        self.num_register_tokens = num_register_tokens
         proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -271,6 +299,15 @@ class VisionTransformer(nn.Module):
         registers = self.register_tokens.expand(len(x), -1, -1)
         return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
 
+    def stochastic_depth(self, x):
+        """keep of each block: a share drop_path_rate of the samples of x skips a branch, drawn anew
+        for each branch; what is skipped is not computed."""
+        depth = len(self.blocks)
+        if not (self.training and self.drop_path_rate):
+            return [None] * depth
+        kept = max(1, int(len(x) * (1 - self.drop_path_rate)))
+        return torch.rand(depth, 2, len(x), device=x.device).argsort(-1)[..., :kept]
+
     def forward_features(self, x, masks=None):
         """Normed tokens by kind: x_norm_clstoken (B, D), x_norm_regtokens, x_norm_patchtokens.
 
@@ -280,13 +317,11 @@ class VisionTransformer(nn.Module):
         if isinstance(x, (list, tuple)):
             return [self.forward_features(*pair) for pair in zip(x, masks or [None] * len(x))]
         x = self.prepare_tokens(x, masks)
-        keep = [None] * len(self.blocks)
-        if self.training and self.drop_path_rate:
-            kept = max(1, int(len(x) * (1 - self.drop_path_rate)))
-            order = torch.rand(len(keep), 2, len(x), device=x.device).argsort(-1)
-            keep = order[..., :kept]  # uniform stochastic depth: (depth, 2, K)
-        for block, indices in zip(self.blocks, keep):
-            x = block(x, indices)
+        for block, keep in zip(self.blocks, self.stochastic_depth(x)):
+            if self.training and self.grad_checkpointing:
+                x = checkpoint(block, x, keep, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, keep)
         cls, registers, patches = self.norm(x).tensor_split([1, 1 + self.num_register_tokens], 1)
         names = "x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens"
         return dict(zip(names, (cls[:, 0], registers, patches)))
@@ -296,23 +331,6 @@ class VisionTransformer(nn.Module):
             runs = groupby(x, key=lambda batch: batch.shape[-2:])
             return torch.cat([self(torch.cat(list(run))) for _, run in runs])
         return self.forward_features(x)["x_norm_clstoken"]
-
-    # The next two are not used in training: for evaluation and pictures.
-
-    def get_intermediate_layers(self, x, n=1):
-        """Normed tokens (B, 1 + R + N, D), CLS first, of the last n blocks, as a list."""
-        x, outputs = self.prepare_tokens(x), []
-        for block in self.blocks:
-            x = block(x)
-            outputs.append(x)
-        return [self.norm(x) for x in outputs[-n:]]
-
-    def get_last_selfattention(self, x):
-        """Attention weights (B, heads, T, T) of the last block, T = 1 + R + N tokens, CLS first."""
-        x = self.prepare_tokens(x)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
 
 
 class ProjectionHead(nn.Module):
@@ -357,22 +375,7 @@ class Network(nn.Sequential):
         return rows.split([len(cls), len(index)])
 
 
-# ----------------------------------------------------------------------------------------- the data
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-
-
-def load_image(path):
-    """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation."""
-    if str(path).lower().endswith((".jpg", ".jpeg")):
-        with suppress(RuntimeError, AttributeError):  # no JPEG inside, or no decoder in torchvision
-            data = torchvision.io.read_file(str(path))  # 1.2 to 1.4 times as fast as Pillow
-            return torchvision.io.decode_jpeg(data, "RGB", apply_exif_orientation=True)
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+# ----------------------------------------------------------------------- the views, and augmentation
 
 
 class MultiCrop:
@@ -409,21 +412,76 @@ class MultiCrop:
         return views
 
 
-def center_crop(image, size):
-    """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small ones are not cut."""
-    short = max(size, min(*image.shape[1:], size * 8 // 7))
-    image = TF.resize(image, short, TF.InterpolationMode.BICUBIC, antialias=True)
-    return TF.center_crop(image, size)
+def block_masks(crops, side, probability, ratios, seed):
+    """Bool (crops, side * side): patches to hide, in blocks, as iBOT and DINOv2 draw them.
+
+    int(crops * probability) of the crops, drawn at random, get a mask; the ratios of masked patches
+    are spread evenly over ratios, (lowest, highest). Blocks have areas of about 4 patches or more
+    and aspects of 0.3 to 1 / 0.3. seed: of numpy's generator.
+    """
+    rng, masks = np.random.default_rng(seed), np.zeros((crops, side, side), dtype=bool)
+    bounds = np.linspace(*ratios, int(crops * probability) + 1)
+    for mask, low, high in zip(masks, bounds, bounds[1:]):
+        left, tries = int(side**2 * rng.uniform(low, high)), 0
+        while left > 0 and tries < 10:
+            share, stretch, down, right = rng.random(4)
+            area, aspect = 4 + (min(left, side**2 // 2) - 4) * share, 0.3 ** (2 * stretch - 1)
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            y, x, tries = int(down * (side - h + 1)), int(right * (side - w + 1)), tries + 1
+            if max(h, w) < side:
+                block = mask[y : y + h, x : x + w]
+                new = h * w - block.sum()
+                if 0 < new <= left:
+                    block[:] = True
+                    left, tries = left - new, 0
+    return torch.from_numpy(rng.permutation(masks)).flatten(1)
 
 
-def normalize(x):
-    """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
-    mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
-    return (x - mean) / std
+def augment(views):
+    """On the device: uint8 batches (B, 3, h, w), two global views first -> normalised float32."""
+    first, second, *local = views
+    views = [photometric(first, blur=1.0), photometric(second, blur=0.1, solarize=0.2)]
+    if local:
+        views += photometric(torch.cat(local), blur=0.5).split(len(first))
+    return views
+
+
+def photometric(x, blur, solarize=0.0):
+    """DINO's augmentation of uint8 x (B, 3, h, w): each image draws for itself.
+
+    blur, solarize: the probabilities in which the views differ. All operations equal torchvision's.
+    """
+    x = torch.where(uniform(x) < 0.5, x.flip(-1), x) / 255
+    x = torch.where(uniform(x) < 0.8, color_jitter(x), x)
+    x = torch.where(uniform(x) < 0.2, TF.rgb_to_grayscale(x), x)
+    x = torch.where(uniform(x) < blur, gaussian_blur(x, sigma=uniform(x, 0.1, 2.0)), x)
+    if solarize:
+        x = torch.where((uniform(x) < solarize) & (x >= 128 / 255), 1 - x, x)
+    return normalize(x)
+
+
+def uniform(x, low=0.0, high=1.0):
+    """A number for each image of x, (B, 1, 1, 1), drawn on its device."""
+    return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
+
+
+def color_jitter(x):
+    """Brightness, contrast, saturation and hue of x in [0, 1], in an order drawn for the batch."""
+    operations = [
+        lambda x: blend(x, torch.zeros_like(x[:, :1]), uniform(x, 0.6, 1.4)),
+        lambda x: blend(
+            x, TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), uniform(x, 0.6, 1.4)
+        ),
+        lambda x: blend(x, TF.rgb_to_grayscale(x), uniform(x, 0.8, 1.2)),
+        lambda x: adjust_hue(x, uniform(x, -0.1, 0.1)),
+    ]
+    for i in torch.randperm(4).tolist():
+        x = operations[i](x)
+    return x
 
 
 def blend(x, other, factor):
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
+    return torch.lerp(other, x, factor).clamp_(0, 1)
 
 
 def adjust_hue(x, shift):
@@ -438,11 +496,11 @@ def adjust_hue(x, shift):
 
 
 def gaussian_blur(x, sigma, radius=6):  # radius: 3 times the largest sigma, 2
-    """Blur each image of x (B, 3, H, W) by its own sigma (B,): two products with band matrices."""
+    """Blur each image of x (B, 3, H, W) by its own sigma (B, 1, 1, 1): two products with bands."""
 
-    def band(size):  # (B, size, size), rows sum to 1, borders reflected
+    def band(size):  # (B, 1, size, size), rows sum to 1, borders reflected
         offset = torch.arange(-min(radius, size - 1), min(radius, size - 1) + 1, device=x.device)
-        weight = (-((offset / sigma[:, None]) ** 2) / 2).softmax(-1)  # (B, taps)
+        weight = (-((offset / sigma.view(-1, 1)) ** 2) / 2).softmax(-1)  # (B, taps)
         at = (torch.arange(size, device=x.device) + offset[:, None]).abs()
         at = (size - 1) - ((size - 1) - at).abs()
         taps = torch.eye(size, dtype=x.dtype, device=x.device)[at]  # (taps, size, size)
@@ -451,106 +509,167 @@ def gaussian_blur(x, sigma, radius=6):  # radius: 3 times the largest sigma, 2
     return band(x.shape[2]) @ x @ band(x.shape[3]).mT
 
 
-def jitter(x, order, brightness, contrast, saturation, hue):
-    """Colour jitter of x, (B, 3, H, W) in [0, 1]: factors and hue shift (B, 1, 1, 1), in order."""
-    for i in order:
-        if i == 0:
-            x = blend(x, 0, brightness)
-        elif i == 1:
-            x = blend(x, TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), contrast)
-        elif i == 2:
-            x = blend(x, TF.rgb_to_grayscale(x), saturation)
-        else:
-            x = adjust_hue(x, hue)
-    return x
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
-def augment(views, generator=None):
-    """On the device: uint8 batches (B, 3, h, w), two global views first -> normalised float32.
-
-    DINO's photometric augmentation with random parameters for each view of each image: flip, colour
-    jitter (its order is drawn for a batch), grayscale, blur, solarise; all equal torchvision's.
-    """
-    batch, out = len(views[0]), []
-    chances = [(1.0, 0.0), (0.1, 0.2)] + [(0.5, 0.0)] * (len(views) - 2)  # of blur, of solarise
-    source = "cpu" if generator is None else generator.device  # drawn there, sent in one copy
-    pairs = zip(views, chances)
-    for _, run in groupby(pairs, key=lambda pair: pair[0].shape[-2:]):  # one pass a resolution
-        same, p = zip(*run)
-        x = torch.cat(same) / 255
-        p = torch.tensor(p, device=source).repeat_interleave(batch, dim=0)
-        u = torch.rand(10, len(x), device=source, generator=generator)
-        order = torch.randperm(4, device=source, generator=generator).tolist()
-        shift = (2 * u[:4] - 1) * (u[4] < 0.8)  # 0: no jitter
-        sigma = torch.where(u[5] < p[:, 0], 0.1 + 1.9 * u[6], 1e-3)  # 1e-3: no blur
-        drawn = torch.stack([*shift, sigma, u[7] < 0.5, u[8] < 0.2, u[9] < p[:, 1]])
-        drawn = drawn[..., None, None, None].to(x.device, non_blocking=True)
-        brightness, contrast, saturation, hue, sigma, flip, gray, solarize = drawn
-        x = torch.where(flip > 0, x.flip(-1), x)
-        factors = 1 + 0.4 * brightness, 1 + 0.4 * contrast, 1 + 0.2 * saturation, 0.1 * hue
-        x = jitter(x, order, *factors)
-        x = gaussian_blur(torch.where(gray > 0, TF.rgb_to_grayscale(x), x), sigma.flatten())
-        x = torch.where((solarize > 0) & (x >= 128 / 255), 1 - x, x)
-        out += normalize(x).split(batch)
-    return out
+def normalize(x):
+    """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
+    mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
+    return (x - mean) / std
 
 
-def block_masks(crops, side, rows, probability, ratios, seed):
-    """Bool (len(rows), side * side): patches to hide, in blocks, as iBOT and DINOv2 draw them.
-
-    Of crops global crops, int(crops * probability) get a mask; the ratios of masked patches are
-    spread evenly over ratios, (lowest, highest). rows: the crops whose masks are wanted, whatever
-    the others; seed: a tuple of integers. Blocks have areas of about 4 patches or more and aspects
-    of 0.3 to 1 / 0.3.
-    """
-    masks, masked = np.zeros((len(rows), side, side), dtype=bool), int(crops * probability)
-    bounds = np.linspace(*ratios, masked + 1)
-    order = np.random.default_rng(seed).permutation(crops)[rows]  # the first ones get a mask
-    for mask, row, i in zip(masks, rows, order):
-        if i >= masked:
-            continue
-        rng, tries = np.random.default_rng((*seed, row)), 0
-        left = int(side**2 * rng.uniform(bounds[i], bounds[i + 1]))
-        while left > 0 and tries < 10:
-            u, tries = rng.random(4), tries + 1
-            area = 4 + (min(left, side**2 // 2) - 4) * u[0]
-            aspect = 0.3 ** (2 * u[1] - 1)
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if max(h, w) < side:
-                y, x = int(u[2] * (side - h + 1)), int(u[3] * (side - w + 1))
-                block = mask[y : y + h, x : x + w]
-                new = h * w - block.sum()
-                if 0 < new <= left:
-                    block[:] = True
-                    left, tries = left - new, 0
-    return torch.from_numpy(masks).flatten(1)
+# ----------------------------------------------------------------------------------- a training step
 
 
-class Images(Dataset):
-    """images[epoch * len + i] -> transform(image i), its label, -1.
+class SimDINO:
+    """Student, teacher and optimizer, and the step that trains them: what a checkpoint holds.
 
-    If it cannot be read: the next image that can, that one's label, i.
-    What transform draws at random depends on (seed, epoch, i) alone, not on the worker.
+    groups: AdamW's; patch_weight: of the masked patches' loss; rounds: how many blocks of images
+    this process takes one after the other in a step.
     """
 
-    def __init__(self, paths, labels, transform, seed=0):
-        self.paths, self.labels = np.array(paths), np.array(labels)  # arrays: workers share them
-        self.transform, self.seed = transform, seed
+    def __init__(self, student, groups, loss_fn, patch_weight, clip_grad, rounds, dtype):
+        self.student, self.params = student, list(student.parameters())
+        self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.model = self.student  # or, around it, DistributedDataParallel
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.loss_fn, self.patch_weight = loss_fn, patch_weight
+        self.clip_grad, self.rounds = clip_grad, rounds
+        self.device, self.dtype = self.params[0].device, dtype
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
-    def __len__(self):
-        return len(self.paths)
+    def step(self, blocks, lr, weight_decay, momentum):
+        """A step over this process's blocks of (seed, views, masks, index): the whole algorithm.
 
-    def __getitem__(self, key):
-        epoch, index = divmod(key, len(self))
-        torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))  # of the CPU alone
-        for skipped in range(len(self)):
-            used = (index + skipped) % len(self)
-            with suppress(Exception):  # there is no end to what a decoder may raise
-                image = load_image(self.paths[used])
-                break
-        else:
-            stop(f"none of {len(self)} images can be read: {self.paths[index]}, ...")
-        return self.transform(image), self.labels[used], index if skipped else -1
+        The gradient is the mean over the blocks of all processes: that of their whole batch.
+        Returns means of loss, comp, expa and patch loss (4,), and z_s, z_t of the last block.
+        """
+        figures = []
+        self.optimizer.zero_grad()
+        for done, (seed, views, masks, index) in enumerate(blocks, start=1):
+            torch.manual_seed(seed)  # of augmentation and stochastic depth
+            views = augment([view.to(self.device, non_blocking=True) for view in views])
+            masks, index = (x.to(self.device, non_blocking=True) for x in (masks, index))
+            self.model.require_backward_grad_sync = done == self.rounds  # DDP: once a step
+            with self.autocast:
+                with torch.no_grad():
+                    z_t, p_t = self.teacher(views[:2], index)
+                z_s, p_s = self.model(views, index, masks)
+            z_t = z_t.unflatten(0, (2, -1))  # (2, B, d)
+            z_s = z_s.unflatten(0, (len(views), -1))  # (V, B, d)
+            loss, stats = self.loss_fn(z_s, z_t)
+            patch_loss = masked_patch_loss(p_s, p_t, masks)
+            loss = loss + self.patch_weight * patch_loss
+            self.scaler.scale(loss / self.rounds).backward()
+            figures.append(torch.stack([loss.detach(), *stats.values(), patch_loss.detach()]))
+
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_grad:
+            nn.utils.clip_grad_norm_(self.student.backbone.parameters(), self.clip_grad)
+            nn.utils.clip_grad_norm_(self.student.head.parameters(), self.clip_grad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            group["weight_decay"] = weight_decay * group["decays"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():  # the teacher: exponential moving average of the student
+            torch._foreach_lerp_(list(self.teacher.parameters()), self.params, 1 - momentum)
+        return torch.stack(figures).mean(0), z_s.detach(), z_t
+
+
+def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
+    """AdamW's groups, each with lr_scale and decays (not: biases, norms and LayerScale)."""
+    depth, groups = len(student.backbone.blocks), {}
+    for name, p in student.named_parameters():
+        layer = depth + 1  # of the last norm and the head
+        if name.startswith("backbone.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        elif name.startswith("backbone.") and not name.startswith("backbone.norm."):
+            layer = 0
+        scale = layerwise_decay ** (depth + 1 - layer)
+        scale *= patch_embed_lr_mult if "patch_embed" in name else 1
+        groups.setdefault((scale, p.ndim > 1), []).append(p)
+    return [{"params": p, "lr_scale": s, "decays": d} for (s, d), p in groups.items()]
+
+
+# =============================================================================== 2. What runs it
+
+SCRIPT = Path(__file__)
+RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
+SIGNALS, SAID, LOCKS = [], [0.0], []  # that came; when the last line was printed; files held
+
+# ----------------------------------------------------------------------- one run of many processes
+
+
+def start_process():
+    """The device of this process, which joins the others."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if cuda and LOCAL_RANK >= torch.cuda.device_count():
+        stop(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # as in matrix products: float32 is float32
+    if WORLD > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def meet(value):
+    """The values of all processes, in order of rank."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class together:
+    """with together(): what stops one process inside stops all at its end, with one line."""
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        problem = getattr(error, "code", error and f"{SCRIPT.name}: {reason(error)}")
+        if kind not in (None, SystemExit, OSError):  # what nobody expects
+            traceback.print_exception(error)
+        problem = next(filter(None, meet(problem)), None)
+        if problem:
+            raise SystemExit(problem if RANK == 0 or isinstance(problem, int) else 1)
+
+
+@contextmanager
+def or_stop(message):
+    """If what is inside fails, end the run with message and the reason in one line."""
+    try:
+        yield
+    except Exception as error:  # there is no end to what a file may make its reader raise
+        raise SystemExit(f"{SCRIPT.name}: {message} ({reason(error)})") from error
+
+
+def stop(message, aloud=True):
+    """End this process with status 1 and one line on the terminal, if it is the one to say it."""
+    raise SystemExit(f"{SCRIPT.name}: {message}" if aloud else 1)
+
+
+def reason(error):
+    """An exception's text in one line; of a worker's, which holds a traceback, the last line."""
+    lines = str(error).split("\n")
+    text = lines[-1] or lines[-2] if "Traceback" in str(error) else " ".join(lines)
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+def say(text, end="\n"):
+    """Print on the first process. end="": progress; on a terminal the next line takes its place,
+    elsewhere there is one a minute."""
+    if RANK == 0 and (CLEAR or end or time.monotonic() - SAID[0] > 60):
+        SAID[0] = time.monotonic()
+        text = text if end else text[: shutil.get_terminal_size().columns - 1]
+        print(CLEAR + text, end=end if CLEAR else "\n", flush=True)
 
 
 def seed_from(*numbers):
@@ -558,30 +677,135 @@ def seed_from(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+# --------------------------------------------------------------------------- the images, the labels
+
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+EXTENSIONS += (".ppm", ".pgm", ".jp2")
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # how names begin that do not exist
+
+
+def load_image(path):
+    """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation.
+
+    More than 8 bits a pixel are stretched from the image's own lowest to its highest value.
+    OSError for what cannot be read.
+    """
+    try:
+        path = os.fspath(path)
+        if path.lower().endswith((".jpg", ".jpeg")):
+            with suppress(RuntimeError, AttributeError):  # no JPEG inside, or no decoder there
+                data = torchvision.io.read_file(path)  # 1.2 to 1.4 times as fast as Pillow
+                return torchvision.io.decode_jpeg(data, "RGB", apply_exif_orientation=True)
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip at 255
+                pixels = np.nan_to_num(np.asarray(image, dtype=float), posinf=0, neginf=0)
+                pixels = 255 * (pixels - pixels.min()) / max(np.ptp(pixels), 1e-12)
+                image = Image.fromarray(pixels.round().astype(np.uint8))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # there is no end to what a decoder may raise
+        raise OSError(f"{path} ({reason(error)})") from error
+
+
+class Images(Dataset):
+    """images[epoch * len + i] -> transform(image i), its label, "".
+
+    What is drawn for it depends on (seed, epoch, i) alone, not on the worker. Another image, drawn
+    likewise, takes the place of one that cannot be read; the last item then says which and why.
+    """
+
+    def __init__(self, root, names, labels, transform, seed=0):
+        self.root, self.transform, self.seed = str(root), transform, seed
+        self.names, self.labels = np.array(names), np.array(labels)  # arrays: workers share them
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, key):
+        epoch, index = divmod(key, len(self))
+        seed, problem = seed_from(self.seed, epoch, index), ""
+        torch.default_generator.manual_seed(seed)  # seeds the CPU's generator only
+        for attempt in range(1000):
+            try:
+                image = load_image(os.path.join(self.root, os.fsdecode(self.names[index])))
+                return self.transform(image), self.labels[index], problem
+            except OSError as error:
+                problem = problem or str(error)
+                index = np.random.default_rng((seed, attempt)).integers(len(self))
+        raise OSError(f"none of 1000 images in {self.root} can be read, nor {problem}")
+
+
+class MaskedBlocks(Dataset):
+    """blocks[keys]: views and problems of the images with these keys, masks of their global crops,
+    bool (2 B, N), and where these are True, (M,): drawn from the seed and the first key."""
+
+    def __init__(self, images, side, probability, ratios):
+        self.images, self.options = images, (side, probability, ratios)
+
+    def __getitem__(self, keys):
+        views, _, problems = default_collate([self.images[key] for key in keys])
+        masks = block_masks(2 * len(keys), *self.options, (self.images.seed, keys[0]))
+        return views, problems, masks, masks.flatten().nonzero().flatten()
+
+
 def find_images(root):
-    """Sorted paths of the images below root, and the first part of each below root: its class."""
-    paths = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        paths += [os.path.join(folder, n) for n in names if n.lower().endswith(IMG_EXTENSIONS)]
-    paths.sort()
-    return paths, [os.path.relpath(path, root).split(os.sep)[0] for path in paths]
+    """Sorted names (bytes, relative to root) of the images below root, each folder visited once."""
+    names, folders, links, seen = [], [""], [], set()
+    while folders or links:
+        folder = (folders or links).pop()  # links last, so that a folder keeps its own name
+        path = os.path.join(root, folder)
+        if (real := os.path.realpath(path)) in seen:
+            continue
+        seen.add(real)
+        for entry in os.scandir(path):
+            name = os.path.join(folder, entry.name)
+            if entry.name.startswith(HIDDEN):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(name)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                names.append(os.fsencode(name))
+    return sorted(names)
 
 
-def find_data(root, batch):
-    """-> (train, val), each (paths, labels); val is None if there are no labels."""
+def class_of(name):
+    """The first folder of a name below its split, or None: the image has no label."""
+    folder, separator, _ = os.fsdecode(name).partition(os.sep)
+    return folder if separator else None
+
+
+def find_data(root):
+    """-> train, val, why: (folder, names, labels) of each, label -1 for none; val None, and why."""
     if not root.is_dir():
         stop(f"{root} is not a folder: --data_path needs one of images")
-    folder = root / "train" if (root / "train").is_dir() else root
-    paths, names = find_images(folder)
-    if len(paths) < batch:
-        stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
-    classes = {name: label for label, name in enumerate(sorted(set(names)))}
-    train, val = (paths, [classes[name] for name in names]), None
-    for held_out in (root / "test", root / "val"):  # val, where there are both
-        paths, names = find_images(held_out) if folder != root else ([], [])
-        if paths and set(names) <= set(classes):
-            val = paths, [classes[name] for name in names]
-    return train, val
+    split, val, why = root / "train", None, f"no val/ or test/ beside train/ in {root}"
+    if not split.is_dir():
+        odd = [n for n in os.listdir(root) if re.fullmatch(r"(train|val|validation|test)\W?\d*", n)]
+        if odd:
+            stop(f"{root} has {sorted(odd)} but no train/: rename one, or give it as --data_path")
+        split = root
+    with or_stop(f"cannot list {split}"):
+        names = find_images(split)
+    folders = [class_of(name) for name in names]
+    classes = {name: i for i, name in enumerate(sorted(set(folders) - {None}))}
+    for held_out in (root / "val", root / "test") if split != root else ():
+        if val or not held_out.is_dir():
+            continue
+        with or_stop(f"cannot list {held_out}"):
+            judged = [name for name in find_images(held_out) if class_of(name)]
+        unknown = sorted({class_of(name) for name in judged} - classes.keys())
+        if len(classes) < 2:
+            why = f"{split} has fewer than two class folders"
+        elif not judged:
+            why = f"{held_out} has no images in class folders"
+        elif unknown:
+            why = f"of the class folders of {held_out} {', '.join(unknown[:5])} are not in {split}"
+        else:
+            val = held_out, judged, [classes[class_of(name)] for name in judged]
+    return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
+
+
+# --------------------------------------------------------------------------------- the built-in data
 
 
 def draw_pattern(kind, rng, size=32):
@@ -631,20 +855,37 @@ def render_patterns(root):
 # ----------------------------------------------------------------------------------- the evaluation
 
 
+def center_crop(image, size):
+    """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small ones are not cut."""
+    short = max(size, min(*image.shape[1:], size * 8 // 7))
+    image = TF.resize(image, short, TF.InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop(image, size)
+
+
 @torch.no_grad()
-def embed(encode, split, args, device):
-    """Unit features (n, D) and labels (n,) of split = (paths, labels), gathered on every rank."""
-    images = Images(*split, partial(center_crop, size=args.global_crops_size))
-    images[0]  # stops here if no image can be read
-    n, share = len(images), math.ceil(len(images) / WORLD)
-    indices = [i % n for i in range(RANK * share, (RANK + 1) * share)]  # the surplus is cut below
-    loader = DataLoader(images, 256, sampler=indices, num_workers=args.num_workers)
-    rows = []
-    for x, label, _ in loader:
-        z = encode(normalize(x.to(device) / 255))
-        rows.append((F.normalize(z.float(), dim=-1), label.to(device)[:, None]))
-    z, labels = (SimDINOLoss.gather(torch.cat(column))[:n] for column in zip(*rows))
-    return z, labels.flatten()
+def embed(encode, images, num_workers, device):
+    """Of this process's share of images: unit features and, last, the label; -1: to leave out."""
+    share = math.ceil(len(images) / WORLD)
+    batch = math.ceil(share / math.ceil(share / 256))  # all alike: one graph where it is compiled
+    own = np.arange(share + -share % batch) + RANK * share
+    surplus = torch.from_numpy((own >= len(images)) | (own >= (RANK + 1) * share)).split(batch)
+    sampler, rows = (own % len(images)).tolist(), []
+    loader = DataLoader(images, batch, sampler=sampler, num_workers=num_workers)
+    for (x, label, problems), skip in zip(loader, surplus):
+        if SIGNALS:
+            raise SystemExit(128 + SIGNALS[0])
+        z = F.normalize(encode(normalize(x.to(device) / 255)).float(), dim=-1)
+        skip = skip | torch.tensor([problem > "" for problem in problems])  # unreadable
+        rows.append(torch.cat([z, label.masked_fill(skip, -1)[:, None].to(z)], dim=1))
+    return torch.cat(rows)
+
+
+def knn(model, judged, num_workers):
+    """k-NN accuracy of the teacher's backbone: judged holds Images to learn from and to judge by."""
+    with together(), model.autocast:
+        rows = [embed(model.teacher.backbone, x, num_workers, model.device) for x in judged]
+    rows = [part[part[:, -1] >= 0] for part in map(SimDINOLoss.gather, rows)]
+    return knn_accuracy(*((part[:, :-1], part[:, -1].long()) for part in rows))
 
 
 def knn_accuracy(train, val, k=20, temperature=0.07):
@@ -662,93 +903,104 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
     return 100 * hits / len(val[1])
 
 
-# ------------------------------------------------------------------------------------- the training
+# -------------------------------------------------------------------------------------- the options
 
-OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, help)
-    "--arch": ("vit_nano", "vit_base", "backbone, one of " + ", ".join(ARCHS)),
-    "--patch_size": (8, 16, "side of a patch, pixels"),
-    "--hidden_dim": (512, 2048, "width of the projection head"),
-    "--drop_path_rate": (0.0, 0.2, "share of a batch that skips a branch of the student"),
-    "--num_register_tokens": (4, 4, "register tokens"),
-    "--layerscale": (1.0, 0.1, "what the LayerScale factors start from"),
-    "--global_crops_size": (32, 224, "side of the 2 global views, pixels"),
-    "--local_crops_size": (16, 96, "side of the local views, pixels"),
-    "--global_crops_scale": ((0.4, 1.0), (0.4, 1.0), "share of the image's area in a global view"),
-    "--local_crops_scale": ((0.15, 0.4), (0.05, 0.4), "share of the image's area in a local view"),
-    "--local_crops_number": (6, 10, "local views of an image"),
-    "--mask_sample_probability": (0.5, 0.5, "share of the global crops that are masked"),
-    "--mask_ratio_min_max": ((0.1, 0.5), (0.1, 0.5), "share of the patches masked in them"),
-    "--ibot_loss_weight": (1.0, 1.0, "weight of the masked patches' loss"),
-    "--coeff": (1.0, 1.0, "weight of comp, the mean cosine"),
-    "--eps_sq": (0.4, 0.4, "eps^2 of the coding rate R"),
-    "--group_size": (64, 128, "rows whose R is taken together; 0: the global batch"),
-    "--eps": (None, None, "the official flag: eps^2 = EPS * global batch / group size"),
-    "--gamma": (None, None, "weight of R; by default (d + n) / (d n), n = global batch"),
-    "--expa_type": (1, 1, "R of the student's features (0) or of (student + teacher) / 2 (1)"),
-    "--epochs": (7, 100, "passes over the data"),
-    "--batch_size_per_gpu": (64, 128, "images a step in each process"),
-    "--lr": (0.005, 0.004, "peak learning rate, times the root of global batch / 1024"),
-    "--min_lr": (1e-6, 1e-6, "learning rate at the end"),
-    "--warmup_epochs": (1.0, 10.0, "epochs over which the learning rate rises from 0"),
-    "--layerwise_decay": (1.0, 0.9, "factor of the learning rate from a block to the one before"),
-    "--patch_embed_lr_mult": (1.0, 0.2, "factor of the patch embedding's learning rate"),
-    "--weight_decay": (0.04, 0.04, "weight decay at the start"),
-    "--weight_decay_end": (0.04, 0.4, "weight decay at the end"),
-    "--clip_grad": (3.0, 3.0, "largest gradient norm of the backbone, of the head; 0: any"),
-    "--momentum_teacher": (0.8, 0.9, "momentum of the EMA teacher at the start; 1 at the end"),
-    "--amp": ("auto", "auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
-    "--num_workers": (1, min(10, os.cpu_count()), "data loading processes of a training process"),
-    "--saveckp_freq": (0, 10, "keep a copy of the checkpoint every so many epochs; 0: never"),
-    "--eval_freq": (4, 10, "k-NN accuracy every so many epochs, if there are labels; 0: never"),
-    "--max_steps": (0, 0, "stop after so many steps of the schedule set by --epochs; 0: do not"),
-    "--seed": (0, 0, "of weights, order, views, masks, augmentation, stochastic depth"),
+TINY, INF, AMP = 1e-12, math.inf, ("auto", "bf16", "fp16", "off")
+OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, range, help)
+    "--arch": ("vit_nano", "vit_base", tuple(ARCHS), "backbone, one of " + ", ".join(ARCHS)),
+    "--patch_size": (8, 16, (1, INF), "side of a patch, pixels"),
+    "--hidden_dim": (512, 2048, (1, INF), "width of the projection head"),
+    "--drop_path_rate": (0.0, 0.2, (0, 1 - 1e-6), "share of a batch that skips a branch"),
+    "--num_register_tokens": (4, 4, (0, INF), "register tokens"),
+    "--layerscale": (1.0, 0.1, (0, INF), "what the LayerScale factors start from"),
+    "--global_crops_size": (32, 224, (1, INF), "side of the 2 global views, pixels"),
+    "--local_crops_size": (16, 96, (1, INF), "side of the local views, pixels"),
+    "--global_crops_scale": ([0.4, 1.0], [0.4, 1.0], (TINY, 1), "share of the area, global view"),
+    "--local_crops_scale": ([0.15, 0.4], [0.05, 0.4], (TINY, 1), "share of the area, local view"),
+    "--local_crops_number": (6, 10, (0, INF), "local views of an image"),
+    "--mask_sample_probability": (0.5, 0.5, (0, 1), "share of the global crops that are masked"),
+    "--mask_ratio_min_max": ([0.1, 0.5], [0.1, 0.5], (TINY, 1), "share of their patches masked"),
+    "--ibot_loss_weight": (1.0, 1.0, (0, INF), "weight of the masked patches' loss"),
+    "--coeff": (1.0, 1.0, (0, INF), "weight of comp, the mean cosine"),
+    "--eps_sq": (0.4, 0.4, (TINY, INF), "ε² of the coding rate R"),
+    "--group_size": (64, 128, (0, INF), "images whose R is taken together; 0: those of a step"),
+    "--eps": (None, None, (TINY, INF), "the official flag: ε² = EPS batch_size / group_size"),
+    "--gamma": (None, None, (0, INF), "weight γ of R; by default (d + n) / (d n), n = batch_size"),
+    "--expa_type": (1, 1, (0, 1), "R of the student's rows (0) or of (student + teacher) / 2 (1)"),
+    "--epochs": (7, 100, (1, INF), "passes over the data"),
+    "--batch_size": (64, 1024, (1, INF), "images of a step, all processes and rounds together"),
+    "--batch_size_per_gpu": (64, 128, (1, INF), "images that a process takes at a time"),
+    "--lr": (0.005, 0.004, (TINY, INF), "peak learning rate, times the root of batch_size / 1024"),
+    "--layerwise_decay": (1.0, 0.9, (TINY, 1), "factor of the learning rate to the block before"),
+    "--patch_embed_lr_mult": (1.0, 0.2, (0, INF), "factor of the patch embedding's learning rate"),
+    "--min_lr": (1e-6, 1e-6, (0, INF), "learning rate at the end"),
+    "--warmup_epochs": (1.0, 10.0, (0, INF), "epochs over which the learning rate rises from 0"),
+    "--weight_decay": (0.04, 0.04, (0, INF), "weight decay at the start"),
+    "--weight_decay_end": (0.04, 0.4, (0, INF), "weight decay at the end"),
+    "--clip_grad": (3.0, 3.0, (0, INF), "largest gradient norm of backbone, of head; 0: any"),
+    "--momentum_teacher": (0.8, 0.9, (0, 1), "the teacher's momentum at the start; 1 at the end"),
+    "--amp": ("auto", "auto", AMP, "auto: bf16 or else fp16 on GPUs; off: float32 without TF32"),
+    "--num_workers": (1, min(10, os.cpu_count()), (0, INF), "data loading processes of a process"),
+    "--saveckp_freq": (0, 10, (0, INF), "keep a copy of the checkpoint every so many epochs"),
+    "--eval_freq": (4, 10, (0, INF), "k-NN accuracy every so many epochs; 0: never"),
+    "--max_steps": (0, 0, (0, INF), "stop after so many steps of the schedule set by --epochs"),
+    "--seed": (0, 0, (0, INF), "of weights, order, views, masks, augmentation, depth"),
 }
-# Of these 0, too, is refused:
-POSITIVE = "patch_size hidden_dim global_crops_size local_crops_size eps eps_sq epochs lr "
-POSITIVE += "batch_size_per_gpu"
-
-
-def stop(message):
-    """End the run with one line on the terminal and status 1."""
-    raise SystemExit(f"{SCRIPT.name}: {message}" if LOCAL_RANK == 0 else 1)
+# What may differ when a run is resumed; all else is the run.
+FREE = "data_path output_dir compile grad_checkpointing eps epochs amp num_workers saveckp_freq "
+FREE += "eval_freq max_steps"
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="defaults: [on built-in data | on --data_path]")
-    parser.error = stop
+    parser.error = refuse = partial(stop, aloud=RANK == 0)  # all processes have the same flags
     parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
     parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    choices = {"--arch": ARCHS, "--amp": ("auto", "bf16", "fp16", "off"), "--expa_type": (0, 1)}
-    for flag, (built_in, imagenet, text) in OPTIONS.items():
-        many = 2 if isinstance(built_in, tuple) else None
+    text = "compute the activations of a block again in the backward pass: slower, less memory"
+    parser.add_argument("--grad_checkpointing", action="store_true", help=text)
+    for flag, (built_in, imagenet, allowed, text) in OPTIONS.items():
+        many = 2 if isinstance(built_in, list) else None
         kind = float if many or built_in is None else type(built_in)
+        choices = allowed if kind is str else None
         text += f" [{built_in} | {imagenet}]"
-        parser.add_argument(flag, type=kind, nargs=many, choices=choices.get(flag), help=text)
+        parser.add_argument(flag, type=kind, nargs=many, choices=choices, help=text)
     args = parser.parse_args(argv)
-    for flag, (built_in, imagenet, _) in OPTIONS.items():
+    if args.batch_size_per_gpu and not args.batch_size:  # as in DINO: a step of one round
+        args.batch_size = args.batch_size_per_gpu * WORLD
+    for flag, (built_in, imagenet, allowed, _) in OPTIONS.items():
         if getattr(args, flag[2:]) is None:
             setattr(args, flag[2:], imagenet if args.data_path else built_in)
-
-    for name, value in vars(args).items():
-        least = 1e-12 if name in POSITIVE.split() else 0
-        if isinstance(value, (int, float)) and not value >= least:
-            stop(f"--{name} {value} is too small")
-        if name.endswith("crops_size") and value % args.patch_size:
-            stop(f"--{name} {value} is not a multiple of --patch_size {args.patch_size}")
-        if isinstance(value, (list, tuple)) and not 0 < value[0] <= value[1] <= 1:
-            stop(f"--{name} takes two numbers, 0 < LOW <= HIGH <= 1")
-        if name in ("drop_path_rate", "momentum_teacher", "mask_sample_probability") and value > 1:
-            stop(f"--{name} {value} must not be above 1")
+        value = getattr(args, flag[2:])
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, str | None) and not allowed[0] <= number <= allowed[1]:
+                refuse(f"{flag} {number} is not in the range from {allowed[0]:g} to {allowed[1]:g}")
+        if isinstance(value, list) and value[0] > value[1]:
+            refuse(f"{flag} takes two numbers, the lower one first")
+        if flag.endswith("crops_size") and value % args.patch_size:
+            refuse(f"{flag} {value} is not a multiple of --patch_size {args.patch_size}")
     if args.warmup_epochs >= args.epochs:
-        stop(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    args.global_batch = n = args.batch_size_per_gpu * WORLD
-    args.group_size = min(args.group_size or n, n)
-    if n % args.group_size:
-        stop(f"--group_size {args.group_size} does not divide the global batch, {n}")
+        refuse(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+
+    n, own = args.batch_size, min(args.batch_size_per_gpu, max(1, args.batch_size // WORLD))
+    at_once, group = own * WORLD, min(args.group_size or n, n)
+    if n % at_once:
+        fit = f"{max(1, n // at_once) * at_once} or {(n // at_once + 1) * at_once}"
+        refuse(f"--batch_size {n} is not made of rounds of {WORLD} x {own} images: {fit} would be")
+    if own % group and (group % own or at_once % group):
+        fit = f"it must divide {own}, or be a multiple of it that divides {at_once}"
+        refuse(f"--group_size {group} does not fit {WORLD} processes x {own} images: {fit}")
+    args.batch_size_per_gpu, args.group_size = own, group
     if args.eps is not None:
-        args.eps_sq = args.eps * n / args.group_size
+        args.eps_sq = args.eps * n / group
     return args
+
+
+def precision(amp, device):
+    """The type that --amp means; "auto" is bf16 or else fp16 on GPUs, float32 on CPUs."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
 
 
 def cosine_schedule(base, final, total_steps, warmup_steps=0):
@@ -758,302 +1010,286 @@ def cosine_schedule(base, final, total_steps, warmup_steps=0):
     return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
 
 
-def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
-    """AdamW's groups, each with lr_scale and decays (not: biases, norms and LayerScale)."""
-    depth, groups = len(student.backbone.blocks), {}
-    for name, p in student.named_parameters():
-        layer = depth + 1  # of the last norm and the head
-        if name.startswith("backbone.blocks."):
-            layer = int(name.split(".")[2]) + 1
-        elif name.startswith("backbone.") and not name.startswith("backbone.norm."):
-            layer = 0
-        scale = layerwise_decay ** (depth + 1 - layer)
-        scale *= patch_embed_lr_mult if "patch_embed" in name else 1
-        groups.setdefault((scale, p.ndim > 1), []).append(p)
-    return [{"params": p, "lr_scale": s, "decays": d} for (s, d), p in groups.items()]
+def block_keys(n, args, start, end, rank=RANK, world=WORLD):
+    """Yield the keys, epoch * n + image, of each block that process rank takes from step start on.
 
-
-def batches(n, args, start, end, rank=RANK):
-    """Yield for each step the keys, epoch * n + image, of rank's block of the global batch."""
+    A step's images are cut into blocks of batch_size_per_gpu; round k of the process is block
+    k * world + rank. So the blocks are the same whatever the number of processes.
+    """
+    size = args.batch_size_per_gpu
     for step in range(start, end):
-        epoch, i = divmod(step, n // args.global_batch)
+        epoch, i = divmod(step, n // args.batch_size)
         if i == 0 or step == start:
             order = epoch * n + np.random.default_rng((args.seed, epoch)).permutation(n)
-        first = i * args.global_batch + rank * args.batch_size_per_gpu
-        yield order[first : first + args.batch_size_per_gpu].tolist()
+        images = order[i * args.batch_size : (i + 1) * args.batch_size]
+        for block in range(rank, args.batch_size // size, world):
+            yield images[block * size : (block + 1) * size].tolist()
 
 
-def step_flops(backbone, args, batch=10):
-    """Operations of both backbones for one image, counted on a copy without numbers ("meta")."""
-    backbone = copy.deepcopy(backbone).to("meta")
-    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
-    views = [torch.empty(batch, 3, size, size, device="meta") for size in sizes]
-    with FlopCounterMode(display=False) as counter:
-        backbone(views).sum().backward()
-        with torch.no_grad():
-            backbone(views[:2])
-    return counter.get_total_flops() / batch
+# ---------------------------------------------------------------------------------- the checkpoints
 
 
-def matmul_rate(device, dtype, n=8192, times=20):
-    """Measured operations a second of n x n matrix products: the 100 % of the logged MFU."""
-    x = torch.randn(n, n, device=device, dtype=dtype)
-    for repeats in 1, times:  # the first is the warm-up
-        torch.cuda.synchronize()
-        clock = time.perf_counter()
-        for _ in range(repeats):
-            x @ x
-    torch.cuda.synchronize()
-    return 2 * n**3 * times / (time.perf_counter() - clock)
-
-
-def save(path, state):
-    """Write to a temporary file, then rename: path is never half written."""
-    with open(path.with_suffix(".partial"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".partial").replace(path)
-
-
-def restore(path, args, parts):
-    """Load parts (student, teacher, optimizer, scaler) from path; returns the steps done."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("arch", "patch_size", "global_crops_size", "global_batch", "images"):
-            if state["args"][name] != getattr(args, name):
-                raise ValueError(f"its {name} is {state['args'][name]}, not {getattr(args, name)}")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return int(state["step"])
-    except Exception as error:  # truncated, of something else, or with code inside
-        reason = " ".join(str(error).split())[:120]
-        message = f"cannot resume {path} ({reason}): move {path.parent} away, or choose another"
-        raise SystemExit(f"{SCRIPT.name}: {message}") from error
-
-
-def main():
-    args = parse_args()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if cuda:
-        if LOCAL_RANK >= torch.cuda.device_count():
-            raise SystemExit(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    say = print if RANK == 0 else lambda *_, **__: None
-    output = Path(args.output_dir)
-    try:
+def claim(output):
+    """Make the folder, and lock it as long as this process lives."""
+    with or_stop(f"cannot write to --output_dir {output}"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"cannot write to --output_dir {output}: {error.strerror}")
+        lock = (output / ".lock").open("w")
+    with suppress(ImportError, OSError):  # there is no fcntl on Windows, no lock on some disks
+        import fcntl
 
-    # The data
-    root = Path(args.data_path or output / "patterns")
-    if not args.data_path and RANK == 0 and not root.exists():
-        render_patterns(root)
-    if WORLD > 1:
-        dist.barrier()
-    train, val = find_data(root, args.global_batch)
-    n, per_epoch = len(train[0]), len(train[0]) // args.global_batch
-    args.images, total = n, args.epochs * per_epoch
-    end = min(total, args.max_steps or total)
-    say(f"{n} training images, {train[0][0]} the first; {len(val[0]) if val else 0} for k-NN")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"another run is writing to {output}: choose another --output_dir")
+    LOCKS.append(lock)
+
+
+def write(path, dump):
+    """dump(file) to a temporary file, then rename: path is never half written."""
+    partial_path = path.with_suffix(".partial")
+    try:
+        with open(partial_path, "wb") as file:
+            dump(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial_path.replace(path)
+    except Exception as error:  # a full disk
+        partial_path.unlink(missing_ok=True)
+        raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({reason(error)})") from error
+
+
+def restore(path, run, parts):
+    """Load parts (student, teacher, optimizer, scaler) from path, if it is of this run; -> the rest."""
+    with or_stop(f"cannot resume {path}: move {path.parent} away, or choose another --output_dir"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        old, new = state["args"], {k: v for k, v in run.items() if k not in FREE.split()}
+        differ = [f"its {k} is {old.get(k)}, not {v}" for k, v in new.items() if old.get(k) != v]
+        if differ:
+            raise ValueError("it is of another run: " + "; ".join(differ))
+        for name, part in parts.items():
+            if state[name]:  # not the scaler of a run without one
+                part.load_state_dict(state[name])
+        return state
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def open_images(args, root):
+    """Images to train on, those to judge by (train, val: none without labels), why there are none."""
+    train, val, why = find_data(root)
+    total, block = len(train[1]), args.batch_size_per_gpu * WORLD
+    if total < args.batch_size:
+        fit = total // block * block or total // WORLD * WORLD
+        stop(f"{train[0]} has {total} images, fewer than a step: try --batch_size {fit}")
     sizes = args.global_crops_size, args.local_crops_size
     scales = args.global_crops_scale, args.local_crops_scale
     images = Images(*train, MultiCrop(*sizes, *scales, args.local_crops_number), args.seed)
-    images[0]  # stops here if no image can be read
+    center = partial(center_crop, size=args.global_crops_size)
+    judged = [Images(*split, center) for split in (train, val) if val and args.eval_freq]
+    for some in (images, *judged[1:]):
+        some[0]  # ends here if no image can be read
+    return images, judged, why
 
-    # Student and teacher
+
+def build(args, device):
+    """Student, teacher, optimizer and loss, as the options say."""
     torch.manual_seed(seed_from(args.seed))
     shape = {"img_size": args.global_crops_size, "patch_size": args.patch_size, **ARCHS[args.arch]}
     shape |= {"num_register_tokens": args.num_register_tokens, "layerscale": args.layerscale}
     backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
-    head = ProjectionHead(shape["embed_dim"], args.hidden_dim)
+    backbone.grad_checkpointing = args.grad_checkpointing
+    head, n = ProjectionHead(shape["embed_dim"], args.hidden_dim), args.batch_size
+    d = head.mlp[-1].out_features
+    gamma = (d + n) / (d * n) if args.gamma is None else args.gamma
+    loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, gamma, args.expa_type)
+    rounds, dtype = n // (args.batch_size_per_gpu * WORLD), precision(args.amp, device)
     student = Network(OrderedDict(backbone=backbone, head=head)).to(device)
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    params, teacher_params = list(student.parameters()), list(teacher.parameters())
-    loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, args.gamma, args.expa_type)
     groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr_mult)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    if args.amp == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
-    autocast = partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ideal = step_flops(backbone, args) / matmul_rate(device, dtype) if cuda else None  # s an image
+    weight, clip_grad = args.ibot_loss_weight, args.clip_grad
+    return SimDINO(student, groups, loss_fn, weight, clip_grad, rounds, dtype)
 
-    def knn(encode):
-        with autocast():
-            features = [embed(encode, split, args, device) for split in (train, val)]
-        return knn_accuracy(*features)  # in float32: rounded cosines tie
 
-    monitored, baseline = val and args.eval_freq, ""
-    if monitored and args.global_crops_size <= 64:  # raw pixels of larger images fill the memory
-        pixels, untrained = knn(partial(torch.flatten, start_dim=1)), knn(teacher.backbone)
-        baseline = f"raw pixels {pixels:.1f} %, random weights {untrained:.1f} %, "
-        say(f"k-NN accuracy: {baseline}chance {100 / (max(train[1]) + 1):.1f} %")
+def main():
+    args = parse_args()
+    device, output = start_process(), Path(args.output_dir)
+    root = Path(args.data_path or output / "patterns")
+    with together():
+        if RANK == 0:
+            claim(output)
+        if RANK == 0 and not args.data_path and not root.exists():
+            render_patterns(root)
+    with together():
+        images, judged, why = open_images(args, root)
+    run = vars(args) | {"image_list": hashlib.sha256(b"\0".join(images.names)).hexdigest()[:16]}
+    if len(set(meet(run["image_list"]))) > 1:
+        stop(f"the processes do not find the same images in {images.root}", RANK == 0)
+    model = build(args, device)
+    weights, cuda = sum(p.numel() for p in model.params), device.type == "cuda"
+    n, size, rounds = args.batch_size, args.batch_size_per_gpu, model.rounds
+    per_epoch = len(images) // n
+    steps = args.epochs * per_epoch
+    end = min(steps, args.max_steps or steps)
 
     # Resume
-    path, log = output / "checkpoint.pth", output / "log.txt"
-    parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
-    found = [path.exists()]
-    if WORLD > 1:
-        dist.broadcast_object_list(found)  # on several machines: all resume, or none
-    start = restore(path, args, parts) if found[0] else 0
-    if found[0]:
-        say(f"resumed {path} at step {start}")
-    if RANK == 0 and log.exists() and start < end:  # drop the lines of epochs that run again
-        kept = log.read_text().splitlines(keepends=True)[: start // per_epoch]
-        log.with_suffix(".partial").write_text("".join(kept))
-        log.with_suffix(".partial").replace(log)
+    path, log, figures, done = output / "checkpoint.pth", [], [], 0
+    parts = {"student": model.student, "teacher": model.teacher}
+    parts |= {"optimizer": model.optimizer, "scaler": model.scaler}
+    found = any(meet(path.exists()))  # on several machines: all resume, or none
+    with together():
+        if found:
+            state = restore(path, run, parts)
+            done, figures = state["step"], state["figures"]  # those of an epoch that goes on
+            log = [entry for entry in state["log"] if entry["epoch"] < done // per_epoch]
+            say(f"resumed {path} at step {done}, k-NN accuracy {log[-1]['knn'] if log else None}")
+        if shutil.disk_usage(output).free < 16 * weights:
+            stop(f"--output_dir {output} has no room for a checkpoint of {16e-9 * weights:.1f} GB")
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
-        for block in (*backbone.blocks, *teacher.backbone.blocks):
+        for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
             block.compile(dynamic=False)
-    model = student
     if WORLD > 1:
-        ids = [device.index] if cuda else None
-        model = nn.parallel.DistributedDataParallel(student, ids, gradient_as_bucket_view=True)
+        ids, ddp = [device.index] if cuda else None, nn.parallel.DistributedDataParallel
+        model.model = ddp(model.student, ids, gradient_as_bucket_view=True)
 
     # Schedules, one value a step
-    peak_lr = args.lr * math.sqrt(args.global_batch / 1024)
     warmup = int(args.warmup_epochs * per_epoch)
-    lr = cosine_schedule(peak_lr, args.min_lr, total, warmup)
-    wd = cosine_schedule(args.weight_decay, args.weight_decay_end, total)
-    momentum = cosine_schedule(args.momentum_teacher, 1.0, total)
+    lr = cosine_schedule(args.lr * math.sqrt(n / 1024), args.min_lr, steps, warmup).tolist()
+    wd = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
+    momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
 
-    keys = batches(n, args, start, end)
-    loader = DataLoader(images, batch_sampler=keys, num_workers=args.num_workers, pin_memory=cuda)
-    clear = "\r\033[K" if sys.stdout.isatty() else ""  # rewrites the line
-    own = np.arange(2 * args.global_batch).reshape(2, WORLD, -1)[:, RANK].flatten()  # global crops
+    name, dtype = torch.cuda.get_device_name() if cuda else "CPU", str(model.dtype)[6:]
+    line = (
+        f"{WORLD} x {name}, {dtype}: {args.arch}, {weights / 1e6:.1f} M parameters. {steps} steps "
+    )
+    line += f"of {n} images, {rounds} rounds x {WORLD} processes x {size}: {args.epochs} epochs of "
+    say(f"{line}{len(images)} images in {images.root}")
+    if args.data_path and steps < 2000:
+        say(f"{steps} steps are few: a smaller --batch_size or more --epochs makes more of them")
+    if not judged:
+        say(f"no k-NN accuracy: {why if args.eval_freq else '--eval_freq 0'}")
+    keys = block_keys(len(images), args, done, end)
     masking = args.mask_sample_probability, args.mask_ratio_min_max
-    record, first = torch.zeros(per_epoch, 6, device=device), start % per_epoch
-    idle = torch.cuda.Event() if cuda else None
-    named, data, waited, clock = set(), iter(loader), 0.0, time.perf_counter()
+    masked = MaskedBlocks(images, model.student.backbone.side, *masking)
+    workers = {"num_workers": args.num_workers, "pin_memory": cuda}
+    loader = DataLoader(masked, batch_size=None, sampler=keys, **workers)
+    data, views, waited, unread = iter(loader), [], 0.0, 0
 
-    for step in range(start, end):
-        epoch, i = divmod(step, per_epoch)
-        epoch_ends = i + 1 == per_epoch or step + 1 == end
-        sync = epoch_ends or (i + 1) % 10 == 0  # only these steps wait for the device
-
-        asked = time.perf_counter()
-        views, _, replaced = next(data)
-        if not cuda or idle.query():  # the device, too, had nothing to do
+    def blocks(step):
+        """Seed, views and masks of this process's blocks, as they come from the workers."""
+        nonlocal views, waited, unread
+        for block in range(RANK, n // size, WORLD):
+            asked = time.perf_counter()
+            with or_stop(
+                "loading images (if memory is short: --num_workers 0, docker's --shm-size)"
+            ):
+                views, problems, *masks = next(data)
             waited += time.perf_counter() - asked
-        for j in set(replaced.tolist()) - {-1} - named:
-            print(f"{clear}unreadable, another takes its place: {train[0][j]}")
-            named.add(j)
+            for problem in filter(None, problems):
+                unread += 1
+                if unread <= 5:
+                    print(f"{CLEAR}unreadable, another takes its place: {problem}", flush=True)
+            yield seed_from(args.seed, step, block), views, *masks
 
-        torch.manual_seed(seed_from(args.seed, step, RANK))  # of augmentation and stochastic depth
-        views = augment([view.to(device, non_blocking=True) for view in views])
-        masks = block_masks(2 * args.global_batch, backbone.side, own, *masking, (args.seed, step))
-        index = masks.flatten().nonzero().flatten()  # on the host: so its length is known there
-        masks, index = masks.to(device, non_blocking=True), index.to(device, non_blocking=True)
-        with autocast():
-            with torch.no_grad():
-                z_t, p_t = teacher(views[:2], index)
-            z_s, p_s = model(views, index, masks)
-        z_t = z_t.unflatten(0, (2, -1))  # (2, B, d)
-        z_s = z_s.unflatten(0, (len(views), -1))  # (V, B, d)
-        loss, stats = loss_fn(z_s, z_t, with_rank=sync)
-        patch_loss = masked_patch_loss(p_s, p_t, masks)
-        loss = loss + args.ibot_loss_weight * patch_loss
+    def store(name="checkpoint.pth"):
+        """Write the checkpoint, and the log that it holds as a file."""
+        tensors = [x for values in model.optimizer.state.values() for x in values.values()]
+        with together():
+            tensors += [*model.params, *model.teacher.parameters()]
+            if not all(x.isfinite().all() for x in tensors):
+                stop(f"weights are not finite after step {done}: try a lower --lr or --amp off")
+            if RANK == 0:
+                state = {key: part.state_dict() for key, part in parts.items()}
+                state |= {"step": done, "epoch": done // per_epoch, "args": run}
+                write(output / name, partial(torch.save, state | {"log": log, "figures": figures}))
+                lines = "".join(json.dumps(entry) + "\n" for entry in log)
+                write(output / "log.txt", lambda file: file.write(lines.encode()))
 
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        if args.clip_grad:
-            nn.utils.clip_grad_norm_(backbone.parameters(), args.clip_grad)
-            nn.utils.clip_grad_norm_(head.parameters(), args.clip_grad)
-        for group, fixed in zip(optimizer.param_groups, groups):
-            group["lr"] = float(lr[step] * fixed["lr_scale"])
-            group["weight_decay"] = float(wd[step] * fixed["decays"])
-        scaler.step(optimizer)
-        scaler.update()
-        with torch.no_grad():  # the teacher: exponential moving average of the student
-            torch._foreach_lerp_(teacher_params, params, 1 - momentum[step])
+    def judge():
+        """k-NN accuracy after the epoch that the log ends with, where it is due and not known."""
+        due = done == end or done % per_epoch == 0 and len(log) % args.eval_freq == 0
+        if judged and due and log[-1]["knn"] is None:
+            log[-1]["knn"] = knn(model, judged, args.num_workers)
+            say(f"k-NN accuracy after epoch {len(log)}: {log[-1]['knn']:.1f} %")
+            store()
 
-        distance = (z_s.detach()[:2] - z_t).norm(dim=-1).mean()
-        bad = (replaced >= 0).sum().to(device, non_blocking=True)
-        columns = loss.detach(), stats["comp"], stats["expa"], distance, bad, patch_loss.detach()
-        record[i] = torch.stack(columns)
-        if cuda:
-            idle.record()
-        if not sync:
-            continue
-
-        # Every 10 steps: read the figures of this epoch's steps so far
-        figures = record[first : i + 1] / WORLD
-        if WORLD > 1:
-            dist.all_reduce(figures)
-        figures = figures.cpu().double().numpy()
-        finite = np.isfinite(figures).all(1)
-        if not finite.all():
-            broken = step + 2 - len(finite) + finite.argmin()
-            stop(f"the loss is not finite at step {broken}: try a lower --lr or --amp off")
-        steps, seconds = len(figures), time.perf_counter() - clock
-        speed, eta = steps * args.global_batch / seconds, (end - step - 1) * seconds / steps
-        loss, comp, expa, *_, patch = figures[-1]
-        rank = stats["rank"].item()
-        line = f"epoch {epoch + 1}/{args.epochs} step {step + 1}/{total} loss {loss:.3f} "
-        line += f"patch {-patch:.3f} comp {comp:.3f} expa {expa:.3f} rank {rank:.1f} "
-        line += f"{speed:.0f} img/s ETA {timedelta(seconds=int(eta))}"
-        if clear:
-            say(clear + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-        if not epoch_ends:
-            continue
-
-        # Every epoch: check, evaluate, log, save
-        tensors = [x for state in optimizer.state.values() for x in state.values()]
-        if not all(x.isfinite().all() for x in params + teacher_params + tensors):
-            stop(f"weights not finite after step {step + 1}: try a lower --lr or --amp off")
-        used = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
-        accuracy = None
-        if monitored and ((epoch + 1) % args.eval_freq == 0 or step + 1 == end):
-            accuracy = knn(teacher.backbone)
-            line += f" k-NN {accuracy:.1f} %"
-        means, done = figures.mean(0), slice(step + 1 - steps, step + 1)
-        entry = {
-            "epoch": epoch,
-            "train_loss": means[0],
-            "train_comp_loss": means[1],
-            "train_expa_loss": means[2],
-            "train_ibot_loss": means[5],
-            "train_lr": lr[done].mean(),
-            "train_wd": wd[done].mean(),
-            "rank": rank,
-            "dist": means[3],
-            "knn": accuracy,
-            "img_s": speed,
-            "data_wait": waited / seconds,
-            "mfu": ideal and ideal * speed / WORLD,
-            "mem_gb": used / 2**30,
-            "bad_images": round(means[4] * WORLD * steps),
-        }
-        if RANK == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step + 1, "epoch": (step + 1) // per_epoch, "args": vars(args)}
-            if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                save(output / f"checkpoint{epoch:04}.pth", state)
-            save(path, state)
-        say(clear + line)
-        if rank < 2 and epoch > 0:
-            say("warning: collapse. Try a smaller --eps_sq, a larger --gamma or a larger batch")
+    if log:
+        judge()
+    elif judged and not args.data_path:
+        say(f"k-NN accuracy of random weights: {knn(model, judged, args.num_workers):.1f} %")
+    saved = time.monotonic()
+    for epoch in range(done // per_epoch, math.ceil(end / per_epoch)):
+        first, clock, pending, waited, unread = done, time.perf_counter(), [], 0.0, 0
+        stop_at, number = min(end, (epoch + 1) * per_epoch), 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
-        first, waited, clock = 0, 0.0, time.perf_counter()
+        for step in range(done, stop_at):
+            figure, z_s, z_t = model.step(blocks(step), lr[step], wd[step], momentum[step])
+            pending.append(figure)
+            done = step + 1
+            if done != stop_at and done % 10 and not (SIGNALS and WORLD == 1):
+                continue
 
-    if monitored:
-        accuracy = knn(teacher.backbone) if start >= end else accuracy
-        say(f"k-NN accuracy: {baseline}trained teacher {accuracy:.1f} %")
+            # Every 10 steps the host waits for the device, and reads the figures since.
+            new = torch.stack(pending) / WORLD
+            if WORLD > 1:
+                dist.all_reduce(new)
+            new, pending = new.tolist(), []
+            if not np.isfinite(new).all():
+                at = done - np.isfinite(new).all(1)[::-1].argmin()
+                stop(
+                    f"the loss is not finite at step {at}: try a lower --lr or --amp off", RANK == 0
+                )
+            if model.scaler.is_enabled() and model.scaler.get_scale() < 1:
+                stop(f"no finite gradients by step {done}: try --amp bf16 or off", RANK == 0)
+            figures += new
+            rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item()
+            seconds, (loss, comp, expa, patch) = time.perf_counter() - clock, new[-1]
+            speed = (done - first) * n / seconds
+            line = f"epoch {epoch + 1}/{args.epochs} step {done}/{steps} loss {loss:.3f} "
+            line += f"comp {comp:.3f} expa {expa:.3f} patch {-patch:.3f} rank {rank:.1f} "
+            line += f"{speed:.0f} img/s "
+            line += f"ETA {timedelta(seconds=int((end - done) * n / speed))}"
+            say(line, end="\n" if done == stop_at else "")
+            signals, late = zip(*meet((max(SIGNALS, default=0), time.monotonic() - saved > 900)))
+            number = max(signals)
+            if number:
+                break
+            if late[0]:
+                store()
+                saved = time.monotonic()
+
+        # The end of an epoch, or of what is done of it
+        loss, comp, expa, patch = np.mean(figures, axis=0).tolist()
+        span = slice(epoch * per_epoch, done)
+        entry = {"epoch": epoch, "train_loss": loss, "train_comp_loss": comp}
+        entry |= {"train_expa_loss": expa, "train_ibot_loss": patch}
+        entry["train_lr"] = float(np.mean(lr[span]))
+        entry |= {"train_wd": float(np.mean(wd[span])), "rank": rank}
+        entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "knn": None}
+        entry |= {"img_s": speed, "data_wait": waited / seconds, "bad_images": sum(meet(unread))}
+        entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        log.append(entry)
+        figures = figures if done % per_epoch else []
+        store()
+        saved = time.monotonic()
+        if number:
+            say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
+            raise SystemExit(128 + number)
+        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+            store(f"checkpoint{epoch:04}.pth")
+        if rank < 2 and epoch > 0:
+            flat = views[0].float().std((1, 2, 3)).median() < 2
+            cure = "try a smaller --eps_sq, a larger --gamma or a lower --lr"
+            say(f"warning: collapse: {'the images are (nearly) constant' if flat else cure}")
+        judge()
     if WORLD > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, _: SIGNALS.append(number))
+    for stream in sys.stdout, sys.stderr:  # a file's name may be no valid text
+        stream.reconfigure(errors="backslashreplace")
     main()

@@ -561,6 +561,12 @@ def say(text, end="\n"):
         print(CLEAR + text, end=end if CLEAR else "\n", flush=True)
 
 
+def ignore_signals(_):
+    """In a data loading process: the main process answers, and needs it for that."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def seed_from(*numbers):
     """One 32-bit seed from several non-negative integers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -746,7 +752,8 @@ def embed(encode, images, num_workers, device):
     own = np.arange(share + -share % batch) + RANK * share
     surplus = torch.from_numpy((own >= len(images)) | (own >= (RANK + 1) * share)).split(batch)
     sampler, rows = (own % len(images)).tolist(), []
-    loader = DataLoader(images, batch, sampler=sampler, num_workers=num_workers)
+    workers = {"num_workers": num_workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(images, batch, sampler=sampler, **workers)
     for (x, label, problems), skip in zip(loader, surplus):
         if SIGNALS:
             raise SystemExit(128 + SIGNALS[0])
@@ -1034,7 +1041,8 @@ def main():
     if not judged:
         say(f"no k-NN accuracy: {why if args.eval_freq else '--eval_freq 0'}")
     keys = block_keys(len(images), args, done, end)
-    loader = DataLoader(images, batch_sampler=keys, num_workers=args.num_workers, pin_memory=cuda)
+    workers = {"num_workers": args.num_workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(images, batch_sampler=keys, pin_memory=cuda, **workers)
     data, views, waited, unread = iter(loader), [], 0.0, 0
 
     def blocks(step):
@@ -1077,7 +1085,7 @@ def main():
 
     if log:
         judge()
-    elif judged and not args.data_path:
+    elif judged and not (done or args.data_path):
         say(f"k-NN accuracy of random weights: {knn(model, judged, args.num_workers):.1f} %")
     saved = time.monotonic()
     for epoch in range(done // per_epoch, math.ceil(end / per_epoch)):

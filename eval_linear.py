@@ -23,12 +23,16 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import sys
 import time
+import traceback
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +44,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import InterpolationMode
-
-SCRIPT = Path(__file__)
-RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
 
 # ---------------------------------------------------------------------------------------- the model
 
@@ -60,15 +57,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def heads(self, x):  # (B, T, D) -> q, k, v, each (B, heads, T, D / heads)
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return [part.transpose(1, 2) for part in qkv.unbind(2)]
 
     def forward(self, x):
-        q, k, v = self.heads(x)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def weights(self, x):
-        q, k, _ = self.heads(x)
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # (B, heads, T, T)
+        x = F.scaled_dot_product_attention(*self.heads(x))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
@@ -151,7 +145,8 @@ class VisionTransformer(nn.Module):
         x = self.prepare_tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
+        q, k, _ = self.blocks[-1].attn.heads(self.blocks[-1].norm1(x))
+        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
 
 # -------------------------------------------------------------------------------------- the weights
@@ -206,22 +201,123 @@ def load_backbone(path, key="teacher", num_heads=None):
     return model.eval().requires_grad_(False), sorted(left_out)
 
 
-# ----------------------------------------------------------------------------------------- the data
+SCRIPT = Path(__file__)
+RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
+SIGNALS, SAID, LOCKS = [], [0.0], []  # that came; when the last line was printed; files held
+
+# ----------------------------------------------------------------------- one run of many processes
+
+
+def start_process():
+    """The device of this process, which joins the others."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if cuda and LOCAL_RANK >= torch.cuda.device_count():
+        stop(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # as in matrix products: float32 is float32
+    if WORLD > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def meet(value):
+    """The values of all processes, in order of rank."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class together:
+    """with together(): what stops one process inside stops all at its end, with one line."""
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        problem = getattr(error, "code", error and f"{SCRIPT.name}: {reason(error)}")
+        if kind not in (None, SystemExit, OSError):  # what nobody expects
+            traceback.print_exception(error)
+        problem = next(filter(None, meet(problem)), None)
+        if problem:
+            raise SystemExit(problem if RANK == 0 or isinstance(problem, int) else 1)
+
+
+@contextmanager
+def or_stop(message):
+    """If what is inside fails, end the run with message and the reason in one line."""
+    try:
+        yield
+    except Exception as error:  # there is no end to what a file may make its reader raise
+        raise SystemExit(f"{SCRIPT.name}: {message} ({reason(error)})") from error
+
+
+def stop(message, aloud=True):
+    """End this process with status 1 and one line on the terminal, if it is the one to say it."""
+    raise SystemExit(f"{SCRIPT.name}: {message}" if aloud else 1)
+
+
+def reason(error):
+    """An exception's text in one line; of a worker's, which holds a traceback, the last line."""
+    lines = str(error).split("\n")
+    text = lines[-1] or lines[-2] if "Traceback" in str(error) else " ".join(lines)
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+def say(text, end="\n"):
+    """Print on the first process. end="": progress; on a terminal the next line takes its place,
+    elsewhere there is one a minute."""
+    if RANK == 0 and (CLEAR or end or time.monotonic() - SAID[0] > 60):
+        SAID[0] = time.monotonic()
+        text = text if end else text[: shutil.get_terminal_size().columns - 1]
+        print(CLEAR + text, end=end if CLEAR else "\n", flush=True)
+
+
+def ignore_signals(_):
+    """In a data loading process: the main process answers, and needs it for that."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def seed_from(*numbers):
+    """One 32-bit seed from several non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+# --------------------------------------------------------------------------- the images, the labels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+EXTENSIONS += (".ppm", ".pgm", ".jp2")
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # how names begin that do not exist
 
 
 def load_image(path):
-    """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation."""
-    if str(path).lower().endswith((".jpg", ".jpeg")):
-        with suppress(RuntimeError, AttributeError):  # no JPEG inside, or no decoder in torchvision
-            data = torchvision.io.read_file(str(path))  # 1.2 to 1.4 times as fast as Pillow
-            return torchvision.io.decode_jpeg(data, "RGB", apply_exif_orientation=True)
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation.
+
+    More than 8 bits a pixel are stretched from the image's own lowest to its highest value.
+    OSError for what cannot be read.
+    """
+    try:
+        path = os.fspath(path)
+        if path.lower().endswith((".jpg", ".jpeg")):
+            with suppress(RuntimeError, AttributeError):  # no JPEG inside, or no decoder there
+                data = torchvision.io.read_file(path)  # 1.2 to 1.4 times as fast as Pillow
+                return torchvision.io.decode_jpeg(data, "RGB", apply_exif_orientation=True)
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip at 255
+                pixels = np.nan_to_num(np.asarray(image, dtype=float), posinf=0, neginf=0)
+                pixels = 255 * (pixels - pixels.min()) / max(np.ptp(pixels), 1e-12)
+                image = Image.fromarray(pixels.round().astype(np.uint8))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # there is no end to what a decoder may raise
+        raise OSError(f"{path} ({reason(error)})") from error
 
 
 def normalize(x):
@@ -231,61 +327,88 @@ def normalize(x):
 
 
 class Images(Dataset):
-    """images[epoch * len + i] -> transform(image i), its label, -1.
+    """images[epoch * len + i] -> transform(image i), its label, "".
 
-    If it cannot be read: the next image that can, that one's label, i.
-    What transform draws at random depends on (seed, epoch, i) alone, not on the worker.
+    What is drawn for it depends on (seed, epoch, i) alone, not on the worker. Another image, drawn
+    likewise, takes the place of one that cannot be read; the last item then says which and why.
     """
 
-    def __init__(self, paths, labels, transform, seed=0):
-        self.paths, self.labels = np.array(paths), np.array(labels)  # arrays: workers share them
-        self.transform, self.seed = transform, seed
+    def __init__(self, root, names, labels, transform, seed=0):
+        self.root, self.transform, self.seed = str(root), transform, seed
+        self.names, self.labels = np.array(names), np.array(labels)  # arrays: workers share them
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, key):
         epoch, index = divmod(key, len(self))
-        torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))  # of the CPU alone
-        for skipped in range(len(self)):
-            used = (index + skipped) % len(self)
-            with suppress(Exception):  # there is no end to what a decoder may raise
-                image = load_image(self.paths[used])
-                break
-        else:
-            stop(f"none of {len(self)} images can be read: {self.paths[index]}, ...")
-        return self.transform(image), self.labels[used], index if skipped else -1
-
-
-def seed_from(*numbers):
-    """One 32-bit seed from several non-negative integers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+        seed, problem = seed_from(self.seed, epoch, index), ""
+        torch.default_generator.manual_seed(seed)  # seeds the CPU's generator only
+        for attempt in range(1000):
+            try:
+                image = load_image(os.path.join(self.root, os.fsdecode(self.names[index])))
+                return self.transform(image), self.labels[index], problem
+            except OSError as error:
+                problem = problem or str(error)
+                index = np.random.default_rng((seed, attempt)).integers(len(self))
+        raise OSError(f"none of 1000 images in {self.root} can be read, nor {problem}")
 
 
 def find_images(root):
-    """Sorted paths of the images below root, and the first part of each below root: its class."""
-    paths = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        paths += [os.path.join(folder, n) for n in names if n.lower().endswith(IMG_EXTENSIONS)]
-    paths.sort()
-    return paths, [os.path.relpath(path, root).split(os.sep)[0] for path in paths]
+    """Sorted names (bytes, relative to root) of the images below root, each folder visited once."""
+    names, folders, links, seen = [], [""], [], set()
+    while folders or links:
+        folder = (folders or links).pop()  # links last, so that a folder keeps its own name
+        path = os.path.join(root, folder)
+        if (real := os.path.realpath(path)) in seen:
+            continue
+        seen.add(real)
+        for entry in os.scandir(path):
+            name = os.path.join(folder, entry.name)
+            if entry.name.startswith(HIDDEN):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(name)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                names.append(os.fsencode(name))
+    return sorted(names)
 
 
-def find_data(root, batch):
-    """-> (train, val), each (paths, labels); val is None if there are no labels."""
+def class_of(name):
+    """The first folder of a name below its split, or None: the image has no label."""
+    folder, separator, _ = os.fsdecode(name).partition(os.sep)
+    return folder if separator else None
+
+
+def find_data(root):
+    """-> train, val, why: (folder, names, labels) of each, label -1 for none; val None, and why."""
     if not root.is_dir():
         stop(f"{root} is not a folder: --data_path needs one of images")
-    folder = root / "train" if (root / "train").is_dir() else root
-    paths, names = find_images(folder)
-    if len(paths) < batch:
-        stop(f"{folder} has {len(paths)} images, fewer than one batch of {batch}")
-    classes = {name: label for label, name in enumerate(sorted(set(names)))}
-    train, val = (paths, [classes[name] for name in names]), None
-    for held_out in (root / "test", root / "val"):  # val, where there are both
-        paths, names = find_images(held_out) if folder != root else ([], [])
-        if paths and set(names) <= set(classes):
-            val = paths, [classes[name] for name in names]
-    return train, val
+    split, val, why = root / "train", None, f"no val/ or test/ beside train/ in {root}"
+    if not split.is_dir():
+        odd = [n for n in os.listdir(root) if re.fullmatch(r"(train|val|validation|test)\W?\d*", n)]
+        if odd:
+            stop(f"{root} has {sorted(odd)} but no train/: rename one, or give it as --data_path")
+        split = root
+    with or_stop(f"cannot list {split}"):
+        names = find_images(split)
+    folders = [class_of(name) for name in names]
+    classes = {name: i for i, name in enumerate(sorted(set(folders) - {None}))}
+    for held_out in (root / "val", root / "test") if split != root else ():
+        if val or not held_out.is_dir():
+            continue
+        with or_stop(f"cannot list {held_out}"):
+            judged = [name for name in find_images(held_out) if class_of(name)]
+        unknown = sorted({class_of(name) for name in judged} - classes.keys())
+        if len(classes) < 2:
+            why = f"{split} has fewer than two class folders"
+        elif not judged:
+            why = f"{held_out} has no images in class folders"
+        elif unknown:
+            why = f"of the class folders of {held_out} {', '.join(unknown[:5])} are not in {split}"
+        else:
+            val = held_out, judged, [classes[class_of(name)] for name in judged]
+    return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
 
 
 # ---------------------------------------------------------------------------- features, k-NN, probe
@@ -298,11 +421,6 @@ KINDS = {  # of features, out of: CLS of each of the last 4 blocks, mean patch o
     "4 blocks + patches": slice(0, None),
 }
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # DINOv2's
-
-
-def say(text, end="\n"):  # with end="", only where a line can rewrite itself
-    if RANK == 0 and (CLEAR or end):
-        print(CLEAR + text, end=end, flush=True)
 
 
 def eta(clock, done, total):
@@ -320,26 +438,35 @@ def encode(model, x):
 
 
 def extract(embed, images, loader, dim, dtype, device):
-    """Features (n, dim), labels (n,) and unreadable ones' numbers of all images, on every rank."""
+    """Features (n, dim), labels (n,) of all images on every process; label -1: cannot be read."""
     n, share = len(images), math.ceil(len(images) / WORLD)
     done = RANK * share
     indices = [i % n for i in range(done, done + share)]  # the surplus is cut below
     features = torch.empty(WORLD * share, dim, dtype=dtype, device=device)
-    notes = torch.empty(WORLD * share, 2, dtype=torch.long, device=device)  # label, number or -1
-    clock = time.perf_counter()
-    for x, label, replaced in loader(images, 128, sampler=indices):
-        rows = slice(done, done + len(x))
-        features[rows], notes[rows] = embed(x), torch.stack([label, replaced], 1).to(device)
-        done += len(x)
-        say("features of image " + eta(clock, done - RANK * share, share), end="")
+    labels = torch.empty(WORLD * share, dtype=torch.long, device=device)
+    clock, unread = time.perf_counter(), []
+    with together(), or_stop(f"features of {images.root}"):
+        for x, label, problems in loader(images, 128, sampler=indices):
+            if SIGNALS:
+                raise SystemExit(128 + SIGNALS[0])
+            bad = torch.tensor([problem > "" for problem in problems])
+            unread += filter(None, problems)
+            rows = slice(done, done + len(x))
+            features[rows], labels[rows] = embed(x), label.masked_fill(bad, -1).to(device)
+            done += len(x)
+            say("features of image " + eta(clock, done - RANK * share, share), end="")
     if WORLD > 1:
-        for column in features, notes:
+        for column in features, labels:
             for rank, rows in enumerate(column.split(share)):
                 dist.broadcast(rows, rank)
     if not torch.stack(features[:n].aminmax()).isfinite().all():  # needs no memory, finds NaN too
-        stop("the features are not finite: try --amp off, or other --weights")
-    labels, replaced = notes[:n].unbind(1)
-    return features[:n], labels, replaced[replaced >= 0].tolist()
+        stop("the features are not finite: try --amp off, or other --weights", RANK == 0)
+    unread = list(dict.fromkeys(chain(*meet(unread))))  # each once, whatever the surplus
+    for problem in unread[:5]:
+        say(f"unreadable, left out: {problem}")
+    if unread:
+        say(f"{len(unread)} of {n} images in {images.root} cannot be read")
+    return features[:n], labels[:n]
 
 
 @torch.no_grad()
@@ -390,13 +517,6 @@ def probe_accuracies(probe, features, labels):
         top = scores.topk(min(5, scores.shape[-1])).indices == y[:, None, None]
         hits = hits + torch.stack([top[..., 0], top.any(-1)], -1).sum(0)
     return (100 * hits / len(labels)).tolist()
-
-
-def cosine_schedule(base, final, total_steps, warmup_steps=0):
-    """(total_steps,) values: linear from 0 to base over the warm-up, then half a cosine."""
-    progress = np.arange(total_steps - warmup_steps) / (total_steps - warmup_steps)
-    cosine = final + (base - final) * (1 + np.cos(np.pi * progress)) / 2
-    return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
 
 
 def batches(n, args, start, end, rank=RANK):
@@ -454,37 +574,23 @@ def draw(model, paths, transform, out, tile=168, gap=4):
 
 # ------------------------------------------------------------------------------------- the program
 
-OPTIONS = {  # name: (default, help)
-    "--checkpoint_key": ("teacher", "name of the weights inside FILE, if there are several"),
-    "--resize_size": (256, "shorter side of an image before its centre is cut out, pixels"),
-    "--crop_size": (224, "side of what the model sees, pixels"),
-    "--epochs": (100, "passes of the probe over the training images; 0: k-NN alone"),
-    "--batch_size_per_gpu": (128, "images a step in each process"),
-    "--amp": ("auto", "bf16, fp16 or off; auto: bf16 or else fp16 on GPUs, off on CPUs"),
-    "--num_workers": (min(10, os.cpu_count()), "data loading processes of each process"),
-    "--saveckp_freq": (5, "save the probe, to be resumed, every so many epochs"),
-    "--seed": (0, "of held-out images, classifiers, order, crops"),
+TINY, INF, AMP = 1e-12, math.inf, ("auto", "bf16", "fp16", "off")
+OPTIONS = {  # flag: (default, range, help)
+    "--checkpoint_key": ("teacher", None, "name of the weights inside FILE, if there are several"),
+    "--resize_size": (256, (1, INF), "shorter side of an image before its centre is cut, pixels"),
+    "--crop_size": (224, (1, INF), "side of what the model sees, pixels"),
+    "--epochs": (100, (0, INF), "passes of the probe over the training images; 0: k-NN alone"),
+    "--batch_size_per_gpu": (128, (1, INF), "images a step in each process"),
+    "--amp": ("auto", AMP, "auto: bf16 or else fp16 on GPUs; off: float32 without TF32"),
+    "--num_workers": (min(10, os.cpu_count()), (0, INF), "data loading processes of a process"),
+    "--saveckp_freq": (5, (1, INF), "save the probe, to be resumed, every so many epochs"),
+    "--seed": (0, (0, INF), "of held-out images, classifiers, order, crops"),
 }
-
-
-def stop(message):
-    """End the run with one line on the terminal and status 1."""
-    raise SystemExit(f"{SCRIPT.name}: {message}" if LOCAL_RANK == 0 else 1)
-
-
-@contextmanager
-def or_stop(message):
-    """If what is inside fails, end the run with message and the reason in one line."""
-    try:
-        yield
-    except Exception as error:  # there is no end to what a file may make its reader raise
-        message = f"{SCRIPT.name}: {message} ({' '.join(str(error).split())[:120]})"
-        raise SystemExit(message if LOCAL_RANK == 0 else 1) from error
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = stop
+    parser.error = refuse = partial(stop, aloud=RANK == 0)  # all processes have the same flags
     parser.add_argument("--weights", required=True, metavar="FILE", help="what to judge")
     parser.add_argument("--data_path", help="holds train/ and val/ or test/, of class folders")
     parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
@@ -493,122 +599,179 @@ def parse_args(argv=None):
     parser.add_argument("--cached", action="store_true", help=text)
     text = "draw attention and features of IMG (default: of 8 validation images) and end"
     parser.add_argument("--pictures", nargs="+", metavar=("OUT.png", "IMG"), help=text)
-    for flag, (default, text) in OPTIONS.items():
-        choices = ("auto", "bf16", "fp16", "off") if flag == "--amp" else None
+    for flag, (default, allowed, text) in OPTIONS.items():
+        choices = AMP if allowed is AMP else None
         parser.add_argument(flag, default=default, type=type(default), choices=choices, help=text)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        least = 0 if name in ("cached", "epochs", "num_workers", "seed") else 1
-        if isinstance(value, int) and value < least:
-            stop(f"--{name} {value} is too small")
+    for flag, (default, allowed, _) in OPTIONS.items():
+        value = getattr(args, flag[2:])
+        if isinstance(default, int) and not allowed[0] <= value <= allowed[1]:
+            refuse(f"{flag} {value} is not in the range from {allowed[0]:g} to {allowed[1]:g}")
     if args.resize_size < args.crop_size:
-        stop(f"--resize_size {args.resize_size} is smaller than --crop_size {args.crop_size}")
+        refuse(f"--resize_size {args.resize_size} is smaller than --crop_size {args.crop_size}")
     if not args.data_path and len(args.pictures or []) < 2:
-        stop("--data_path is needed: a folder that holds train/ and val/ or test/")
-    args.global_batch = args.batch_size_per_gpu * WORLD
+        refuse("--data_path is needed: a folder that holds train/ and val/ or test/")
+    args.batch_size = args.batch_size_per_gpu * WORLD
     return args
 
 
-def save(path, state):
-    """Write to a temporary file, then rename: path is never half written."""
-    with open(path.with_suffix(".partial"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".partial").replace(path)
+def precision(amp, device):
+    """The type that --amp means; "auto" is bf16 or else fp16 on GPUs, float32 on CPUs."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+
+
+def cosine_schedule(base, final, total_steps, warmup_steps=0):
+    """(total_steps,) values: linear from 0 to base over the warm-up, then half a cosine."""
+    progress = np.arange(total_steps - warmup_steps) / (total_steps - warmup_steps)
+    cosine = final + (base - final) * (1 + np.cos(np.pi * progress)) / 2
+    return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
+
+
+def block_keys(n, args, start, end, rank=RANK, world=WORLD):
+    """Yield the keys, epoch * n + image, of each block that process rank takes from step start on.
+
+    A step's images are cut into blocks of batch_size_per_gpu; round k of the process is block
+    k * world + rank. So the blocks are the same whatever the number of processes.
+    """
+    size = args.batch_size_per_gpu
+    for step in range(start, end):
+        epoch, i = divmod(step, n // args.batch_size)
+        if i == 0 or step == start:
+            order = epoch * n + np.random.default_rng((args.seed, epoch)).permutation(n)
+        images = order[i * args.batch_size : (i + 1) * args.batch_size]
+        for block in range(rank, args.batch_size // size, world):
+            yield images[block * size : (block + 1) * size].tolist()
+
+
+def claim(output):
+    """Make the folder, and lock it as long as this process lives."""
+    with or_stop(f"cannot write to --output_dir {output}"):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    with suppress(ImportError, OSError):  # there is no fcntl on Windows, no lock on some disks
+        import fcntl
+
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"another run is writing to {output}: choose another --output_dir")
+    LOCKS.append(lock)
+
+
+def write(path, dump):
+    """dump(file) to a temporary file, then rename: path is never half written."""
+    partial_path = path.with_suffix(".partial")
+    try:
+        with open(partial_path, "wb") as file:
+            dump(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial_path.replace(path)
+    except Exception as error:  # a full disk
+        partial_path.unlink(missing_ok=True)
+        raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({reason(error)})") from error
+
+
+def same_run(old, new):
+    """ValueError that names what differs where new is not as in old."""
+    differ = [f"its {k} is {old.get(k)}, not {v}" for k, v in new.items() if old.get(k) != v]
+    if differ:
+        raise ValueError(f"it is of another run: {'; '.join(differ)}")
 
 
 def main():
     args, began = parse_args(), time.perf_counter()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if cuda:
-        if LOCAL_RANK >= torch.cuda.device_count():
-            raise SystemExit(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-
-    # The model
-    model, left_out = load_backbone(args.weights, args.checkpoint_key, args.num_heads)
-    model.to(device)
-    width, depth = model.norm.weight.numel(), len(model.blocks)
-    if args.crop_size % model.patch_size:
-        stop(f"--crop_size {args.crop_size} is not a multiple of the patch, {model.patch_size}")
-    text = f"{width} wide, {depth} blocks of {model.blocks[0].attn.num_heads} heads, "
-    text += f"patch {model.patch_size}, {model.first_patch - 1} registers"
-    say(f"{args.weights}: {text}; left out: {', '.join(left_out) or 'nothing'}")
-    if args.amp == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
-
-    def embed(x):
-        with torch.autocast(device.type, dtype, enabled=args.amp != "off"):
-            return encode(model, x)
-
-    # The data
+    device = start_process()
+    cuda, dtype = device.type == "cuda", precision(args.amp, device)
     bicubic = InterpolationMode.BICUBIC
     resize = transforms.Resize(args.resize_size, bicubic)
     centre = transforms.Compose([resize, transforms.CenterCrop(args.crop_size)])
-    if args.data_path:
-        train, val = find_data(Path(args.data_path), 2)
-        if val is None:
-            stop(f"{args.data_path} has no val/ or test/ of the classes in its train/")
+    output = Path(args.output_dir)
+    path, results_path = output / "probe.pth", output / "results.json"
+    with together():
+        model, left_out = load_backbone(args.weights, args.checkpoint_key, args.num_heads)
+        if args.crop_size % model.patch_size:
+            stop(f"--crop_size {args.crop_size} is not a multiple of the patch, {model.patch_size}")
+        train, val, why = find_data(Path(args.data_path)) if args.data_path else (None, None, "")
+        if args.data_path and not val:
+            stop(f"nothing to judge: {why}")
+    model.to(device)
+    width, depth = model.norm.weight.numel(), len(model.blocks)
+    text = f"{width} wide, {depth} blocks of {model.blocks[0].attn.num_heads} heads, "
+    text += f"patch {model.patch_size}, {model.first_patch - 1} registers"
+    say(f"{args.weights}: {text}; left out: {', '.join(left_out) or 'nothing'}")
+
+    def embed(x):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return encode(model, x)
+
     if args.pictures:
         out, *paths = args.pictures
         if RANK == 0:
-            draw(model, paths or val[0][:: math.ceil(len(val[0]) / 8)], centre, Path(out))
+            if not paths:
+                names = val[1][:: math.ceil(len(val[1]) / 8)]
+                paths = [os.path.join(val[0], os.fsdecode(name)) for name in names]
+            draw(model, paths, centre, Path(out))
             say(f"drawn: {out}")
         return
-    images = [Images(*split, centre) for split in (train, val)]
-    for split in images:
-        split[0]  # stops here if no image can be read
-    n, classes = len(images[0]), max(train[1]) + 1
-    order = np.random.default_rng(args.seed).permutation(n)
-    held, part = np.split(order, [max(1, min(n // 10, 10000))])
-    per_epoch = len(part) // args.global_batch
-    if args.epochs and not per_epoch:
-        stop(f"{len(part)} images are less than a batch: lower --batch_size_per_gpu")
-    names = "checkpoint_key num_heads data_path resize_size crop_size epochs global_batch cached "
-    names += "amp seed"
-    run = {name: getattr(args, name) for name in names.split()}
-    run["sha256"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
-    run["images"] = [len(split) for split in images]
-    output = Path(args.output_dir)
-    path, results_path = output / "probe.pth", output / "results.json"
-    found = [path.exists()]
-    if WORLD > 1:
-        dist.broadcast_object_list(found)  # on several machines: all resume, or none
-    with or_stop(f"cannot use --output_dir {output}: choose another"):
-        output.mkdir(parents=True, exist_ok=True)
-        if results_path.exists() and json.loads(results_path.read_text())["run"] != run:
-            raise ValueError(f"{results_path} is of another run")
-    state = {"run": run}
-    with or_stop(f"cannot resume {path}: move it away, or choose another --output_dir"):
-        if found[0]:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if state["run"] != run:
-            raise ValueError("it is of another run")
+
+    # The data: images without a label are left out
+    with together():
+        if RANK == 0:
+            claim(output)
+        folder, names, labels = train
+        labelled = [(name, label) for name, label in zip(names, labels) if label >= 0]
+        images = [Images(folder, *zip(*labelled), centre), Images(*val, centre)]
+        for split in images:
+            split[0]  # ends here if no image can be read
+        n, classes = len(images[0]), max(labels) + 1
+        order = np.random.default_rng(args.seed).permutation(n)
+        if args.epochs and n - max(1, min(n // 10, 10000)) < args.batch_size:
+            stop(f"{n} images, a tenth held out, are less than a step: lower --batch_size_per_gpu")
+        names = "checkpoint_key num_heads resize_size crop_size epochs batch_size cached amp seed"
+        run = {name: getattr(args, name) for name in names.split()}
+        run["weights_sha256"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+        lists = [hashlib.sha256(b"\0".join(split.names)).hexdigest() for split in images]
+        run |= {"images": [len(split) for split in images], "image_lists": lists}
+        with or_stop(f"cannot use {results_path}: choose another --output_dir"):
+            if results_path.exists():
+                same_run(json.loads(results_path.read_text())["run"], run)
+        state = {}
+        with or_stop(f"cannot resume {path}: move it away, or choose another --output_dir"):
+            if path.exists():
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                same_run(state["run"], run)
+    if len(set(meet((*lists, len(state))))) > 1:
+        stop(f"the processes do not find the same files in {args.data_path}, {output}", RANK == 0)
 
     # Features of all images, and k-NN
-    loader = partial(DataLoader, num_workers=args.num_workers, pin_memory=cuda)
+    workers = {"num_workers": args.num_workers, "worker_init_fn": ignore_signals}
+    loader = partial(DataLoader, pin_memory=cuda, **workers)
     dim = (min(BLOCKS, depth) + 1) * width
-    kept = torch.float32 if args.amp == "off" else torch.float16  # ImageNet, ViT-B: 10 GB
+    kept = torch.float32 if dtype == torch.float32 else torch.float16  # ImageNet, ViT-B: 10 GB
     say(f"{n} training images, {len(images[1])} to judge by, {classes} classes")
     columns = [extract(embed, split, loader, dim, kept, device) for split in images]
-    bad = [split.paths[i] for split, (_, _, replaced) in zip(images, columns) for i in replaced]
-    for name in bad:
-        say(f"unreadable, another takes its place: {name}")
-    (features, labels, _), (val_features, val_labels, _) = columns
-    unit = [F.normalize(z[:, -2 * width : -width].float(), dim=-1) for z, _, _ in columns]
-    knn = knn_accuracies((unit[0], labels), (unit[1], val_labels))
+    (features, labels), (val_features, val_labels) = columns
+    bad = sum(int((labels < 0).sum()) for _, labels in columns)
+    readable = val_labels >= 0
+    val_features, val_labels = val_features[readable], val_labels[readable]
+    bank = (
+        F.normalize(features[labels >= 0, -2 * width : -width].float(), dim=-1),
+        labels[labels >= 0],
+    )
+    queries = F.normalize(val_features[:, -2 * width : -width].float(), dim=-1), val_labels
+    knn = knn_accuracies(bank, queries)
     say("k-NN, top-1 %: " + ", ".join(f"k = {k}: {accuracy:.2f}" for k, accuracy in knn.items()))
-    results = {"run": run, "weights": args.weights, "knn": knn, "bad_images": len(bad)}
-    del unit
+    results = {"run": run, "weights": args.weights, "knn": knn, "bad_images": bad}
+    del bank, queries
 
     # The probe
     if args.epochs:
+        order = order[(labels >= 0).cpu().numpy()[order]]
+        held, part = np.split(order, [max(1, min(n // 10, 10000))])
+        per_epoch = len(part) // args.batch_size
         held_features, held_labels = features[held], labels[held]
         if not args.cached:
             del features, columns
@@ -616,25 +779,26 @@ def main():
         probe = Probe(width, min(BLOCKS, depth), classes).to(device)
         rates = torch.tensor(RATES, device=device).repeat(len(KINDS))
         optimizer = torch.optim.SGD(probe.parameters(), lr=1.0, momentum=0.9)
-        start, total = 0, args.epochs * per_epoch
-        if found[0]:
+        done, total = 0, args.epochs * per_epoch
+        if state:
             probe.load_state_dict(state["probe"])
             optimizer.load_state_dict(state["optimizer"])
-            start = state["step"]
-            say(f"resumed {path} at step {start}")
-        lr = cosine_schedule(args.global_batch / 256, 0.0, total)
-        keys = batches(len(part), args, start, total)
+            done = state["step"]
+            say(f"resumed {path} at step {done}")
+        lr = cosine_schedule(args.batch_size / 256, 0.0, total)
+        keys = block_keys(len(part), args, done, total)
         if args.cached:
             rows = (torch.from_numpy(part[np.array(k) % len(part)]).to(device) for k in keys)
             source = ((features[i].float(), labels[i]) for i in rows)
         else:
             crop = transforms.RandomResizedCrop(args.crop_size, interpolation=bicubic)
             crop = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
-            crops = Images(images[0].paths[part], images[0].labels[part], crop, args.seed)
-            source = ((embed(x), y.to(device)) for x, y, _ in loader(crops, batch_sampler=keys))
+            names, of = images[0].names[part], images[0].labels[part]
+            crops = loader(Images(folder, names, of, crop, args.seed), batch_sampler=keys)
+            source = ((embed(x), y.to(device, non_blocking=True)) for x, y, _ in crops)
 
-        clock = time.perf_counter()
-        for step, (z, y) in zip(range(start, total), source):
+        clock, start = time.perf_counter(), done
+        for z, y in source:
             scores, y = probe(z), y[:, None].expand(-1, len(rates))
             losses = F.cross_entropy(scores.mT, y, reduction="none").mean(0)  # (candidates,)
             optimizer.zero_grad()
@@ -643,18 +807,29 @@ def main():
             if WORLD > 1:
                 for p in probe.parameters():
                     dist.all_reduce(p.grad)
-            optimizer.param_groups[0]["lr"] = float(lr[step])
+            optimizer.param_groups[0]["lr"] = float(lr[done])
             optimizer.step()
-            left = eta(clock, step + 1 - start, total - start)
-            say("step " + left, end="")
-            epoch, i = divmod(step + 1, per_epoch)
-            if i:
+            done += 1
+            epoch, i = divmod(done, per_epoch)
+            if i and done % 10 and not (SIGNALS and WORLD == 1):
                 continue
-            lowest = losses.detach().nan_to_num(math.inf).min().item()
-            say(f"epoch {epoch}/{args.epochs}: lowest loss {lowest:.3f}, step {left}")
-            if RANK == 0 and (epoch % args.saveckp_freq == 0 or epoch == args.epochs):
-                state = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
-                save(path, state | {"step": step + 1, "run": run})
+            number, left = (
+                max(meet(max(SIGNALS, default=0))),
+                eta(clock, done - start, total - start),
+            )
+            if number or (not i and (epoch % args.saveckp_freq == 0 or epoch == args.epochs)):
+                with together():
+                    if RANK == 0:
+                        state = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
+                        write(path, partial(torch.save, state | {"step": done, "run": run}))
+            if number:
+                say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
+                raise SystemExit(128 + number)
+            if i:
+                say(f"step {left}", end="")
+            else:
+                lowest = losses.detach().nan_to_num(math.inf).min().item()
+                say(f"epoch {epoch}/{args.epochs}: lowest loss {lowest:.3f}, step {left}")
 
         accuracies = probe_accuracies(probe, held_features, held_labels)
         names = [f"{kind}, lr {rate:g}" for kind in KINDS for rate in RATES]
@@ -669,12 +844,17 @@ def main():
         chosen = {"best": names[best], "val_top1": top1, "val_top5": top5}
         results["probe"] = {"held_out": dict(zip(names, accuracies))} | chosen
     results["seconds"] = time.perf_counter() - began
-    if RANK == 0:
-        results_path.with_suffix(".partial").write_text(json.dumps(results, indent=2) + "\n")
-        results_path.with_suffix(".partial").replace(results_path)
+    with together():
+        if RANK == 0:
+            text = json.dumps(results, indent=2) + "\n"
+            write(results_path, lambda file: file.write(text.encode()))
     if WORLD > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, _: SIGNALS.append(number))
+    for stream in sys.stdout, sys.stderr:  # a file's name may be no valid text
+        stream.reconfigure(errors="backslashreplace")
     main()

@@ -1065,14 +1065,18 @@ def write(path, dump):
         raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({reason(error)})") from error
 
 
+def same_run(old, new):
+    """ValueError that names what differs where new is not as in old."""
+    differ = [f"its {k} is {old.get(k)}, not {v}" for k, v in new.items() if old.get(k) != v]
+    if differ:
+        raise ValueError(f"it is of another run: {'; '.join(differ)}")
+
+
 def restore(path, run, parts):
     """Load parts (student, teacher, optimizer, scaler) from path, if it is of this run; -> the rest."""
     with or_stop(f"cannot resume {path}: move {path.parent} away, or choose another --output_dir"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        old, new = state["args"], {k: v for k, v in run.items() if k not in FREE.split()}
-        differ = [f"its {k} is {old.get(k)}, not {v}" for k, v in new.items() if old.get(k) != v]
-        if differ:
-            raise ValueError("it is of another run: " + "; ".join(differ))
+        same_run(state["args"], {k: v for k, v in run.items() if k not in FREE.split()})
         for name, part in parts.items():
             if state[name]:  # not the scaler of a run without one
                 part.load_state_dict(state[name])

@@ -359,7 +359,7 @@ def photometric(x, blur, solarize=0.0):
     """
     x = torch.where(uniform(x) < 0.5, x.flip(-1), x) / 255
     x = torch.where(uniform(x) < 0.8, color_jitter(x), x)
-    x = torch.where(uniform(x) < 0.2, TF.rgb_to_grayscale(x), x)
+    x = torch.where(uniform(x) < 0.2, grayscale(x), x)
     x = torch.where(uniform(x) < blur, gaussian_blur(x, sigma=uniform(x, 0.1, 2.0)), x)
     if solarize:
         x = torch.where((uniform(x) < solarize) & (x >= 128 / 255), 1 - x, x)
@@ -375,15 +375,18 @@ def color_jitter(x):
     """Brightness, contrast, saturation and hue of x in [0, 1], in an order drawn for the batch."""
     operations = [
         lambda x: blend(x, torch.zeros_like(x[:, :1]), uniform(x, 0.6, 1.4)),
-        lambda x: blend(
-            x, TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), uniform(x, 0.6, 1.4)
-        ),
-        lambda x: blend(x, TF.rgb_to_grayscale(x), uniform(x, 0.8, 1.2)),
+        lambda x: blend(x, grayscale(x).mean((1, 2, 3), keepdim=True), uniform(x, 0.6, 1.4)),
+        lambda x: blend(x, grayscale(x), uniform(x, 0.8, 1.2)),
         lambda x: adjust_hue(x, uniform(x, -0.1, 0.1)),
     ]
     for i in torch.randperm(4).tolist():
         x = operations[i](x)
     return x
+
+
+def grayscale(x):  # (B, 3, H, W) -> (B, 1, H, W)
+    r, g, b = x.split(1, dim=1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def blend(x, other, factor):
@@ -392,8 +395,8 @@ def blend(x, other, factor):
 
 def adjust_hue(x, shift):
     """Rotate the hue of x, (B, 3, H, W) in [0, 1], by shift (B, 1, 1, 1) turns, through HSV."""
-    value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
-    r, g, b = x.split(1, dim=1)
+    value, (r, g, b) = x.amax(1, keepdim=True), x.split(1, dim=1)
+    chroma = value - x.amin(1, keepdim=True)
     hue = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
     hue = torch.where(value == r, g - b, hue) / chroma.clamp(min=1e-8) + 6 * shift
     # HSV to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (hue + 5, 3, 1 for R, G, B) mod 6
@@ -412,7 +415,7 @@ def gaussian_blur(x, sigma, radius=6):  # radius: 3 times the largest sigma, 2
         taps = torch.eye(size, dtype=x.dtype, device=x.device)[at]  # (taps, size, size)
         return torch.einsum("bk,kij->bij", weight, taps)[:, None]
 
-    return band(x.shape[2]) @ x @ band(x.shape[3]).mT
+    return band(x.shape[2]) @ (x.flatten(1, 2) @ band(x.shape[3])[:, 0].mT).view_as(x)
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -421,7 +424,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 def normalize(x):
     """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
     mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
-    return (x - mean) / std
+    return torch.addcmul(-mean / std, x, 1 / std)
 
 
 # ----------------------------------------------------------------------------------- a training step
@@ -1016,7 +1019,9 @@ def main():
         if found:
             state = restore(path, run, parts)
             done, figures = state["step"], state["figures"]  # those of an epoch that goes on
-            log = [entry for entry in state["log"] if entry["epoch"] < done // per_epoch]
+            log = state["log"]
+            if log and log[-1]["epoch"] == done // per_epoch and done < end:
+                log.pop()  # that epoch goes on
             say(f"resumed {path} at step {done}, k-NN accuracy {log[-1]['knn'] if log else None}")
         if shutil.disk_usage(output).free < 16 * weights:
             stop(f"--output_dir {output} has no room for a checkpoint of {16e-9 * weights:.1f} GB")
@@ -1024,6 +1029,8 @@ def main():
         torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
         for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
             block.compile(dynamic=False)
+        for name in "adjust_hue", "blend", "grayscale", "normalize":
+            globals()[name] = torch.compile(globals()[name])
     if WORLD > 1:
         ids, ddp = [device.index] if cuda else None, nn.parallel.DistributedDataParallel
         model.model = ddp(model.student, ids, gradient_as_bucket_view=True)
@@ -1081,8 +1088,8 @@ def main():
 
     def judge():
         """k-NN accuracy after the epoch that the log ends with, where it is due and not known."""
-        due = done == end or done % per_epoch == 0 and len(log) % args.eval_freq == 0
-        if judged and due and log[-1]["knn"] is None:
+        at_end = done % per_epoch == 0 and judged and len(log) % args.eval_freq == 0
+        if judged and (at_end or done >= end) and log[-1]["knn"] is None:
             log[-1]["knn"] = knn(model, judged, args.num_workers)
             say(f"k-NN accuracy after epoch {len(log)}: {log[-1]['knn']:.1f} %")
             store()
@@ -1092,7 +1099,8 @@ def main():
     elif judged and not (done or args.data_path):
         say(f"k-NN accuracy of random weights: {knn(model, judged, args.num_workers):.1f} %")
     saved = time.monotonic()
-    for epoch in range(done // per_epoch, math.ceil(end / per_epoch)):
+    while done < end:
+        epoch = done // per_epoch
         first, clock, pending, waited, unread = done, time.perf_counter(), [], 0.0, 0
         stop_at, number = min(end, (epoch + 1) * per_epoch), 0
         if cuda:

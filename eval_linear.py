@@ -71,7 +71,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
     def forward(self, x):
-        return x * self.gamma
+        return x * self.gamma.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -206,7 +206,8 @@ RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
-SIGNALS, SAID, LOCKS = [], [0.0], []  # that came; when the last line was printed; files held
+SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
+BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
 
 # ----------------------------------------------------------------------- one run of many processes
 
@@ -276,6 +277,14 @@ def say(text, end="\n"):
         SAID[0] = time.monotonic()
         text = text if end else text[: shutil.get_terminal_size().columns - 1]
         print(CLEAR + text, end=end if CLEAR else "\n", flush=True)
+
+
+def answer(number, _):
+    """Of SIGINT and SIGTERM: the process ends, or, if it is BUSY, does so after a checkpoint."""
+    if not BUSY:
+        say(f"{signal.Signals(number).name}: {SCRIPT.name} ends")
+        raise SystemExit(128 + number)
+    SIGNALS.append(number)
 
 
 def ignore_signals(_):
@@ -369,7 +378,7 @@ def find_images(root):
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)
-            elif entry.name.lower().endswith(EXTENSIONS):
+            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
                 names.append(os.fsencode(name))
     return sorted(names)
 
@@ -384,11 +393,12 @@ def find_data(root):
     """-> train, val, why: (folder, names, labels) of each, label -1 for none; val None, and why."""
     if not root.is_dir():
         stop(f"{root} is not a folder: --data_path needs one of images")
-    split, val, why = root / "train", None, f"no val/ or test/ beside train/ in {root}"
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    split, val, why = root / "train", None, f"{root} has no val/ or test/ but {inside[:5]}"
     if not split.is_dir():
-        odd = [n for n in os.listdir(root) if re.fullmatch(r"(train|val|validation|test)\W?\d*", n)]
-        if odd:
-            stop(f"{root} has {sorted(odd)} but no train/: rename one, or give it as --data_path")
+        odd = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"
+        if found := [name for name in inside if re.fullmatch(odd, name)]:
+            stop(f"{root} has {found} but no train/: rename one, or give it as --data_path")
         split = root
     with or_stop(f"cannot list {split}"):
         names = find_images(split)
@@ -447,8 +457,6 @@ def extract(embed, images, loader, dim, dtype, device):
     clock, unread = time.perf_counter(), []
     with together(), or_stop(f"features of {images.root}"):
         for x, label, problems in loader(images, 128, sampler=indices):
-            if SIGNALS:
-                raise SystemExit(128 + SIGNALS[0])
             bad = torch.tensor([problem > "" for problem in problems])
             unread += filter(None, problems)
             rows = slice(done, done + len(x))
@@ -798,6 +806,7 @@ def main():
             source = ((embed(x), y.to(device, non_blocking=True)) for x, y, _ in crops)
 
         clock, start = time.perf_counter(), done
+        BUSY.append("the probe")
         for z, y in source:
             scores, y = probe(z), y[:, None].expand(-1, len(rates))
             losses = F.cross_entropy(scores.mT, y, reduction="none").mean(0)  # (candidates,)
@@ -831,6 +840,7 @@ def main():
                 lowest = losses.detach().nan_to_num(math.inf).min().item()
                 say(f"epoch {epoch}/{args.epochs}: lowest loss {lowest:.3f}, step {left}")
 
+        BUSY.clear()
         accuracies = probe_accuracies(probe, held_features, held_labels)
         names = [f"{kind}, lr {rate:g}" for kind in KINDS for rate in RATES]
         best = max(range(len(names)), key=lambda i: accuracies[i][0])
@@ -854,7 +864,7 @@ def main():
 
 if __name__ == "__main__":
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, _: SIGNALS.append(number))
+        signal.signal(number, answer)
     for stream in sys.stdout, sys.stderr:  # a file's name may be no valid text
         stream.reconfigure(errors="backslashreplace")
     main()

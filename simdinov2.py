@@ -211,7 +211,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
     def forward(self, x):
-        return x * self.gamma
+        return x * self.gamma.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -603,7 +603,8 @@ RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
-SIGNALS, SAID, LOCKS = [], [0.0], []  # that came; when the last line was printed; files held
+SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
+BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
 
 # ----------------------------------------------------------------------- one run of many processes
 
@@ -673,6 +674,14 @@ def say(text, end="\n"):
         SAID[0] = time.monotonic()
         text = text if end else text[: shutil.get_terminal_size().columns - 1]
         print(CLEAR + text, end=end if CLEAR else "\n", flush=True)
+
+
+def answer(number, _):
+    """Of SIGINT and SIGTERM: the process ends, or, if it is BUSY, does so after a checkpoint."""
+    if not BUSY:
+        say(f"{signal.Signals(number).name}: {SCRIPT.name} ends")
+        raise SystemExit(128 + number)
+    SIGNALS.append(number)
 
 
 def ignore_signals(_):
@@ -772,7 +781,7 @@ def find_images(root):
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)
-            elif entry.name.lower().endswith(EXTENSIONS):
+            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
                 names.append(os.fsencode(name))
     return sorted(names)
 
@@ -787,11 +796,12 @@ def find_data(root):
     """-> train, val, why: (folder, names, labels) of each, label -1 for none; val None, and why."""
     if not root.is_dir():
         stop(f"{root} is not a folder: --data_path needs one of images")
-    split, val, why = root / "train", None, f"no val/ or test/ beside train/ in {root}"
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    split, val, why = root / "train", None, f"{root} has no val/ or test/ but {inside[:5]}"
     if not split.is_dir():
-        odd = [n for n in os.listdir(root) if re.fullmatch(r"(train|val|validation|test)\W?\d*", n)]
-        if odd:
-            stop(f"{root} has {sorted(odd)} but no train/: rename one, or give it as --data_path")
+        odd = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"
+        if found := [name for name in inside if re.fullmatch(odd, name)]:
+            stop(f"{root} has {found} but no train/: rename one, or give it as --data_path")
         split = root
     with or_stop(f"cannot list {split}"):
         names = find_images(split)
@@ -873,7 +883,7 @@ def center_crop(image, size):
 
 @torch.no_grad()
 def embed(encode, images, num_workers, device):
-    """Of this process's share of images: unit features and, last, the label; -1: to leave out."""
+    """Of this process's share: unit features and, last, the label; -1: none, -2: cannot be read."""
     share = math.ceil(len(images) / WORLD)
     batch = math.ceil(share / math.ceil(share / 256))  # all alike: one graph where it is compiled
     own = np.arange(share + -share % batch) + RANK * share
@@ -882,10 +892,8 @@ def embed(encode, images, num_workers, device):
     workers = {"num_workers": num_workers, "worker_init_fn": ignore_signals}
     loader = DataLoader(images, batch, sampler=sampler, **workers)
     for (x, label, problems), skip in zip(loader, surplus):
-        if SIGNALS:
-            raise SystemExit(128 + SIGNALS[0])
         z = F.normalize(encode(normalize(x.to(device) / 255)).float(), dim=-1)
-        skip = skip | torch.tensor([problem > "" for problem in problems])  # unreadable
+        label[torch.tensor([problem > "" for problem in problems])] = -2
         rows.append(torch.cat([z, label.masked_fill(skip, -1)[:, None].to(z)], dim=1))
     return torch.cat(rows)
 
@@ -894,7 +902,10 @@ def knn(model, judged, num_workers):
     """k-NN accuracy of the teacher's backbone: judged holds Images to learn from and to judge by."""
     with together(), model.autocast:
         rows = [embed(model.teacher.backbone, x, num_workers, model.device) for x in judged]
-    rows = [part[part[:, -1] >= 0] for part in map(SimDINOLoss.gather, rows)]
+    rows = [SimDINOLoss.gather(part) for part in rows]
+    if unread := sum((part[:, -1] == -2).sum().item() for part in rows):
+        say(f"{unread} images that cannot be read are left out of the k-NN accuracy")
+    rows = [part[part[:, -1] >= 0] for part in rows]
     return knn_accuracy(*((part[:, :-1], part[:, -1].long()) for part in rows))
 
 
@@ -983,7 +994,9 @@ def parse_args(argv=None):
             setattr(args, flag[2:], imagenet if args.data_path else built_in)
         value = getattr(args, flag[2:])
         for number in value if isinstance(value, list) else [value]:
-            if not isinstance(number, str | None) and not allowed[0] <= number <= allowed[1]:
+            if isinstance(number, str | None):
+                continue
+            if not (math.isfinite(number) and allowed[0] <= number <= allowed[1]):
                 refuse(f"{flag} {number} is not in the range from {allowed[0]:g} to {allowed[1]:g}")
         if isinstance(value, list) and value[0] > value[1]:
             refuse(f"{flag} takes two numbers, the lower one first")
@@ -1093,6 +1106,8 @@ def open_images(args, root):
     """Images to train on, those to judge by (train, val: none without labels), why there are none."""
     train, val, why = find_data(root)
     total, block = len(train[1]), args.batch_size_per_gpu * WORLD
+    if total < WORLD:
+        stop(f"{train[0]} has {total} images ({', '.join(EXTENSIONS)})")
     if total < args.batch_size:
         fit = total // block * block or total // WORLD * WORLD
         stop(f"{train[0]} has {total} images, fewer than a step: try --batch_size {fit}")
@@ -1191,7 +1206,7 @@ def main():
     masking = args.mask_sample_probability, args.mask_ratio_min_max
     masked = MaskedBlocks(images, model.student.backbone.side, *masking)
     loader = DataLoader(masked, batch_size=None, sampler=keys, pin_memory=cuda, **workers)
-    data, views, waited, unread = iter(loader), [], 0.0, 0
+    data, views, waited, unread, named = iter(loader), [], 0.0, 0, set()
 
     def blocks(step):
         """Seed, views and masks of this process's blocks, as they come from the workers."""
@@ -1205,8 +1220,9 @@ def main():
             waited += time.perf_counter() - asked
             for problem in filter(None, problems):
                 unread += 1
-                if unread <= 5:
+                if problem not in named and len(named) < 5:
                     print(f"{CLEAR}unreadable, another takes its place: {problem}", flush=True)
+                    named.add(problem)
             yield seed_from(args.seed, step, block), views, *masks
 
     def store(name="checkpoint.pth"):
@@ -1240,6 +1256,7 @@ def main():
         epoch = done // per_epoch
         first, clock, pending, waited, unread = done, time.perf_counter(), [], 0.0, 0
         stop_at, number = min(end, (epoch + 1) * per_epoch), 0
+        BUSY.append(epoch)
         if cuda:
             torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
         for step in range(done, stop_at):
@@ -1287,6 +1304,8 @@ def main():
         entry |= {"train_wd": float(np.mean(wd[span])), "rank": rank}
         entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "knn": None}
         entry |= {"img_s": speed, "data_wait": waited / seconds, "bad_images": sum(meet(unread))}
+        if entry["bad_images"]:
+            say(f"{entry['bad_images']} images could not be read")
         entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         log.append(entry)
         figures = figures if done % per_epoch else []
@@ -1295,6 +1314,7 @@ def main():
         if number:
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
             raise SystemExit(128 + number)
+        BUSY.clear()
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
             store(f"checkpoint{epoch:04}.pth")
         if rank < 2 and epoch > 0:
@@ -1308,7 +1328,7 @@ def main():
 
 if __name__ == "__main__":
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, _: SIGNALS.append(number))
+        signal.signal(number, answer)
     for stream in sys.stdout, sys.stderr:  # a file's name may be no valid text
         stream.reconfigure(errors="backslashreplace")
     main()

@@ -1004,6 +1004,33 @@ def build(args, device):
     return SimDINO(backbone.to(device), head.to(device), loss_fn, args.clip_grad, rounds, dtype)
 
 
+def prepare(model, compiled):
+    """Compile the blocks and what changes colours, and wrap the student for several processes."""
+    if compiled:
+        torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
+        for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
+            block.compile(dynamic=False)
+        for name in "adjust_hue", "blend", "grayscale", "normalize":
+            globals()[name] = torch.compile(globals()[name])
+    if WORLD > 1:
+        ids = [model.device.index] if model.device.type == "cuda" else None
+        ddp = nn.parallel.DistributedDataParallel
+        model.model = ddp(model.student, ids, gradient_as_bucket_view=True)
+
+
+def announce(args, model, images, steps):
+    """The first line: what the run does, and on what."""
+    card = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+    size = f"{sum(p.numel() for p in model.params) / 1e6:.1f} M parameters"
+    line = (
+        f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {size}; a step: {args.batch_size}"
+    )
+    line += f" images = {model.rounds} rounds x {WORLD} processes x {args.batch_size_per_gpu}"
+    say(f"{line}; {steps} steps = {args.epochs} epochs of {len(images)} images, {images.root}")
+    if args.data_path and steps < 2000:
+        say(f"{steps} steps are few: a smaller --batch_size or more --epochs makes more of them")
+
+
 def main():
     args = parse_args()
     device, output = start_process(), Path(args.output_dir)
@@ -1020,10 +1047,14 @@ def main():
         stop(f"the processes do not find the same images in {images.root}", RANK == 0)
     model = build(args, device)
     weights, cuda = sum(p.numel() for p in model.params), device.type == "cuda"
-    n, size, rounds = args.batch_size, args.batch_size_per_gpu, model.rounds
+    n, size = args.batch_size, args.batch_size_per_gpu
     per_epoch = len(images) // n
     steps = args.epochs * per_epoch
     end = min(steps, args.max_steps or steps)
+
+    announce(args, model, images, steps)
+    if not judged:
+        say(f"no k-NN accuracy: {why if args.eval_freq else '--eval_freq 0'}")
 
     # Resume
     path, log, figures, done = output / "checkpoint.pth", [], [], 0
@@ -1040,15 +1071,7 @@ def main():
             say(f"resumed {path} at step {done}, k-NN accuracy {log[-1]['knn'] if log else None}")
         if shutil.disk_usage(output).free < 16 * weights:
             stop(f"--output_dir {output} has no room for a checkpoint of {16e-9 * weights:.1f} GB")
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
-        for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
-            block.compile(dynamic=False)
-        for name in "adjust_hue", "blend", "grayscale", "normalize":
-            globals()[name] = torch.compile(globals()[name])
-    if WORLD > 1:
-        ids, ddp = [device.index] if cuda else None, nn.parallel.DistributedDataParallel
-        model.model = ddp(model.student, ids, gradient_as_bucket_view=True)
+    prepare(model, args.compile)
 
     # Schedules, one value a step
     warmup = int(args.warmup_epochs * per_epoch)
@@ -1056,16 +1079,6 @@ def main():
     wd = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
     momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
 
-    name, dtype = torch.cuda.get_device_name() if cuda else "CPU", str(model.dtype)[6:]
-    line = (
-        f"{WORLD} x {name}, {dtype}: {args.arch}, {weights / 1e6:.1f} M parameters. {steps} steps "
-    )
-    line += f"of {n} images, {rounds} rounds x {WORLD} processes x {size}: {args.epochs} epochs of "
-    say(f"{line}{len(images)} images in {images.root}")
-    if args.data_path and steps < 2000:
-        say(f"{steps} steps are few: a smaller --batch_size or more --epochs makes more of them")
-    if not judged:
-        say(f"no k-NN accuracy: {why if args.eval_freq else '--eval_freq 0'}")
     keys = block_keys(len(images), args, done, end)
     workers = {"num_workers": args.num_workers, "worker_init_fn": ignore_signals}
     loader = DataLoader(images, batch_sampler=keys, pin_memory=cuda, **workers)
@@ -1076,9 +1089,7 @@ def main():
         nonlocal views, waited, unread
         for block in range(RANK, n // size, WORLD):
             asked = time.perf_counter()
-            with or_stop(
-                "loading images (if memory is short: --num_workers 0, docker's --shm-size)"
-            ):
+            with or_stop("loading images (memory short? --num_workers 0, docker's --shm-size)"):
                 views, _, problems = next(data)
             waited += time.perf_counter() - asked
             for problem in filter(None, problems):

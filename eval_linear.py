@@ -287,6 +287,13 @@ def answer(number, _):
     SIGNALS.append(number)
 
 
+def last_words(kind, error, trace):
+    """A traceback; one line where a collective fails since another process has ended first."""
+    if WORLD > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
+        return print(f"{SCRIPT.name}: process {RANK} ends, as another one has", file=sys.stderr)
+    return sys.__excepthook__(kind, error, trace)
+
+
 def ignore_signals(_):
     """In a data loading process: the main process answers, and needs it for that."""
     for number in signal.SIGINT, signal.SIGTERM:
@@ -865,6 +872,7 @@ def main():
 if __name__ == "__main__":
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, answer)
+    sys.excepthook = last_words
     for stream in sys.stdout, sys.stderr:  # a file's name may be no valid text
         stream.reconfigure(errors="backslashreplace")
     main()

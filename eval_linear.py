@@ -18,6 +18,7 @@ k-NN and probe: "Emerging Properties", Caron et al., arXiv 2104.14294; the grid 
 """
 
 import argparse
+import atexit
 import hashlib
 import json
 import math
@@ -33,6 +34,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import chain
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +223,7 @@ def start_process():
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # as in matrix products: float32 is float32
+    atexit.register(lambda: [worker.kill() for worker in active_children()])
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
@@ -295,7 +298,7 @@ def last_words(kind, error, trace):
 
 
 def ignore_signals(_):
-    """In a data loading process: the main process answers, and needs it for that."""
+    """In a data loading process: the main process answers, needs it for that, and kills it."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
 

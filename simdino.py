@@ -28,6 +28,7 @@ Section 1 is the method, in the order in which an image meets it; section 2 is w
 """
 
 import argparse
+import atexit
 import copy
 import hashlib
 import json
@@ -44,6 +45,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -507,6 +509,7 @@ def start_process():
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # as in matrix products: float32 is float32
+    atexit.register(lambda: [worker.kill() for worker in active_children()])
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
@@ -581,7 +584,7 @@ def last_words(kind, error, trace):
 
 
 def ignore_signals(_):
-    """In a data loading process: the main process answers, and needs it for that."""
+    """In a data loading process: the main process answers, needs it for that, and kills it."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
 

@@ -209,6 +209,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
 SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
+MEMORY = "(if memory is short: --num_workers 0, a larger /dev/shm: docker's --shm-size)"
 BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
 
 # ----------------------------------------------------------------------- one run of many processes
@@ -291,10 +292,13 @@ def answer(number, _):
 
 
 def last_words(kind, error, trace):
-    """A traceback; one line where a collective fails since another process has ended first."""
+    """A traceback; one line where another process has ended first, or one that loads data."""
     if WORLD > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
-        return print(f"{SCRIPT.name}: process {RANK} ends, as another one has", file=sys.stderr)
-    return sys.__excepthook__(kind, error, trace)
+        print(f"{SCRIPT.name}: process {RANK} ends, as another one has", file=sys.stderr)
+    elif "DataLoader worker" in str(error):
+        print(f"{SCRIPT.name}: {reason(error)} {MEMORY}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def ignore_signals(_):
@@ -336,7 +340,7 @@ def load_image(path):
                 image = Image.fromarray(pixels.round().astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # there is no end to what a decoder may raise
-        raise OSError(f"{path} ({reason(error)})") from error
+        raise OSError(f"{path!r} ({reason(error)})") from error
 
 
 def normalize(x):
@@ -465,7 +469,7 @@ def extract(embed, images, loader, dim, dtype, device):
     features = torch.empty(WORLD * share, dim, dtype=dtype, device=device)
     labels = torch.empty(WORLD * share, dtype=torch.long, device=device)
     clock, unread = time.perf_counter(), []
-    with together(), or_stop(f"features of {images.root}"):
+    with together(), or_stop(f"cannot load images {MEMORY}"):
         for x, label, problems in loader(images, 128, sampler=indices):
             bad = torch.tensor([problem > "" for problem in problems])
             unread += filter(None, problems)
@@ -687,9 +691,10 @@ def write(path, dump):
             file.flush()
             os.fsync(file.fileno())
         partial_path.replace(path)
-    except Exception as error:  # a full disk
+    except Exception as error:  # a full disk: torch.save has an error of its own to say of it
         partial_path.unlink(missing_ok=True)
-        raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({reason(error)})") from error
+        why = reason(error.__context__ or error)
+        raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({why})") from error
 
 
 def same_run(old, new):
@@ -737,8 +742,6 @@ def main():
 
     # The data: images without a label are left out
     with together():
-        if RANK == 0:
-            claim(output)
         folder, names, labels = train
         labelled = [(name, label) for name, label in zip(names, labels) if label >= 0]
         images = [Images(folder, *zip(*labelled), centre), Images(*val, centre)]
@@ -748,6 +751,8 @@ def main():
         order = np.random.default_rng(args.seed).permutation(n)
         if args.epochs and n - max(1, min(n // 10, 10000)) < args.batch_size:
             stop(f"{n} images, a tenth held out, are less than a step: lower --batch_size_per_gpu")
+        if RANK == 0:
+            claim(output)
         names = "checkpoint_key num_heads resize_size crop_size epochs batch_size cached amp seed"
         run = {name: getattr(args, name) for name in names.split()}
         run["weights_sha256"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()

@@ -606,6 +606,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
 SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
+MEMORY = "(if memory is short: --num_workers 0, a larger /dev/shm: docker's --shm-size)"
 BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
 
 # ----------------------------------------------------------------------- one run of many processes
@@ -688,10 +689,13 @@ def answer(number, _):
 
 
 def last_words(kind, error, trace):
-    """A traceback; one line where a collective fails since another process has ended first."""
+    """A traceback; one line where another process has ended first, or one that loads data."""
     if WORLD > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
-        return print(f"{SCRIPT.name}: process {RANK} ends, as another one has", file=sys.stderr)
-    return sys.__excepthook__(kind, error, trace)
+        print(f"{SCRIPT.name}: process {RANK} ends, as another one has", file=sys.stderr)
+    elif "DataLoader worker" in str(error):
+        print(f"{SCRIPT.name}: {reason(error)} {MEMORY}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def ignore_signals(_):
@@ -732,7 +736,7 @@ def load_image(path):
                 image = Image.fromarray(pixels.round().astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # there is no end to what a decoder may raise
-        raise OSError(f"{path} ({reason(error)})") from error
+        raise OSError(f"{path!r} ({reason(error)})") from error
 
 
 class Images(Dataset):
@@ -1086,9 +1090,10 @@ def write(path, dump):
             file.flush()
             os.fsync(file.fileno())
         partial_path.replace(path)
-    except Exception as error:  # a full disk
+    except Exception as error:  # a full disk: torch.save has an error of its own to say of it
         partial_path.unlink(missing_ok=True)
-        raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({reason(error)})") from error
+        why = reason(error.__context__ or error)
+        raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({why})") from error
 
 
 def same_run(old, new):
@@ -1215,7 +1220,7 @@ def main():
                 log.pop()  # that epoch goes on
             say(f"resumed {path} at step {done}, k-NN accuracy {log[-1]['knn'] if log else None}")
         if shutil.disk_usage(output).free < 16 * weights:
-            stop(f"--output_dir {output} has no room for a checkpoint of {16e-9 * weights:.1f} GB")
+            stop(f"--output_dir {output} has no room for a checkpoint of {16e-9 * weights:.2g} GB")
     prepare(model, args.compile)
 
     # Schedules, one value a step
@@ -1236,7 +1241,7 @@ def main():
         nonlocal views, waited, unread
         for block in range(RANK, n // size, WORLD):
             asked = time.perf_counter()
-            with or_stop("loading images (memory short? --num_workers 0, docker's --shm-size)"):
+            with or_stop(f"cannot load images {MEMORY}"):
                 views, problems, *masks = next(data)
             waited += time.perf_counter() - asked
             for problem in filter(None, problems):

@@ -790,7 +790,7 @@ def embed(encode, images, num_workers, device):
 
 def knn(model, judged, num_workers):
     """k-NN accuracy of the teacher's backbone: judged holds Images to learn from and to judge by."""
-    with together(), model.autocast:
+    with together(), or_stop(f"k-NN {MEMORY}"), model.autocast:
         rows = [embed(model.teacher.backbone, x, num_workers, model.device) for x in judged]
     rows = [SimDINOLoss.gather(part) for part in rows]
     if unread := sum((part[:, -1] == -2).sum().item() for part in rows):

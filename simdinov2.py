@@ -234,10 +234,10 @@ class Block(nn.Module):
             x = x + self.ls1(self.attn(self.norm1(x)))
             return x + self.ls2(self.mlp(self.norm2(x)))
         scale = len(x) / keep.shape[1]  # keeps the expectation
-        kept = x[keep[0]]
-        x = x.index_copy(0, keep[0], kept + scale * self.ls1(self.attn(self.norm1(kept))))
+        kept = x[keep[0]]  # index_put, unlike index_add and index_copy, saves no rows for backward
+        x = x.index_put((keep[0],), kept + scale * self.ls1(self.attn(self.norm1(kept))))
         kept = x[keep[1]]
-        return x.index_copy(0, keep[1], kept + scale * self.ls2(self.mlp(self.norm2(kept))))
+        return x.index_put((keep[1],), kept + scale * self.ls2(self.mlp(self.norm2(kept))))
 
 
 class VisionTransformer(nn.Module):

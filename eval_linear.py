@@ -246,7 +246,7 @@ class together:
 
     def __exit__(self, kind, error, trace):
         problem = getattr(error, "code", error and f"{SCRIPT.name}: {reason(error)}")
-        if kind not in (None, SystemExit, OSError):  # what nobody expects
+        if kind and not issubclass(kind, (SystemExit, OSError)):  # what nobody expects
             traceback.print_exception(error)
         problem = next(filter(None, meet(problem)), None)
         if problem:
@@ -294,7 +294,8 @@ def answer(number, _):
 def last_words(kind, error, trace):
     """A traceback; one line where another process has ended first, or one that loads data."""
     if WORLD > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
-        print(f"{SCRIPT.name}: process {RANK} ends, as another one has", file=sys.stderr)
+        line = f"{SCRIPT.name}: process {RANK} ends, as another one has, most likely"
+        print(f"{line} ({reason(error)})", file=sys.stderr)
     elif "DataLoader worker" in str(error):
         print(f"{SCRIPT.name}: {reason(error)} {MEMORY}", file=sys.stderr)
     else:

@@ -7,17 +7,18 @@
 
 An image gives V views: 2 global crops and several local ones. The student, a ViT with a small head,
 maps each view to a unit vector z_s of d numbers; the teacher, a moving average (EMA) of the student,
-maps the global views to z_t. Views of one image are pulled together, and Z, the n rows that a group
-of images has for one global view, are kept apart:
+maps the global views to z_t. Views of one image are pulled together, and the features of different
+images, the rows of Z, are kept apart:
 
     loss = mean ½‖z_s - z_t‖² - γ R(Z)        mean: over pairs of a global and another view
-    R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, with precision ε
+    R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
 
 The first term alone is solved by one vector for all images: collapse. DINO keeps from it by
 prototypes, centering, sharpening and schedules of temperatures; here R, which is smallest there,
 does it alone. The published run took R over groups of 64 images. A mean over groups does not ask
 where a group is computed, so the second command is that run for W = 1, 2, 4 or 8 GPUs: the same
-images, views and groups, each GPU taking its share of the 512 images of a step in rounds of 64.
+images, views and groups. Each GPU takes its share of a step's 512 images 64 at a time, in rounds,
+and their gradients are averaged.
 
 The first command trains on ten kinds of patterns that the script draws: k-NN accuracy @@K-NN@@ %
 (seeds 0, 1 and 2) in @@TIME@@ minutes on 2 CPU cores; random weights give @@RANDOM@@ %, raw pixels 34.2 %.
@@ -68,10 +69,11 @@ def coding_rate(z, eps_sq):
     """Coding rate R = ½ logdet(I + d / (n ε²) ZᵀZ) of n unit rows, in nats: paper, eq. (8).
 
     z: (..., n, d); eps_sq: ε² > 0. Returns (...). It is ½ Σ log(1 + d λ / (n ε²)) over the
-    eigenvalues λ of ZᵀZ, which sum to n: the log-volume that the rows fill, counted in balls of
+    eigenvalues λ of ZᵀZ, whose sum is n: the log-volume that the rows fill, counted in balls of
     radius ε. Smallest, ½ log(1 + d / ε²), when all rows are alike, the collapse: one λ is n.
     Largest when they are spread evenly: (n/2) log(1 + d / (n ε²)) for n <= d orthogonal rows.
-    Directions with λ below n ε² / d hardly count, so the larger ε, the fewer are worth opening.
+    For d = 256, n = 64, ε² = 0.4: 3.2 and 76.7. A direction with λ below n ε² / d hardly counts:
+    a larger ε asks for fewer directions, each of which has to be used more.
     """
     n, d = z.shape[-2:]
     gram = z @ z.mT if n < d else z.mT @ z  # ZZᵀ and ZᵀZ share their non-zero eigenvalues
@@ -81,19 +83,21 @@ def coding_rate(z, eps_sq):
 
 
 class SimDINOLoss(torch.nn.Module):
-    """loss = -coeff comp - γ R: mean ½‖z_s - z_t‖² - γ R, less the constant 1.
+    """loss = -coeff comp - γ R; with coeff 1 that is mean ½‖z_s - z_t‖² - γ R, less a constant, 1.
 
     comp ("compression", the official name): mean cosine, 1 - ½‖z_s - z_t‖², over the pairs of a
     teacher's global view and a student's view. Pairs of the very same crop are left out: they agree
     without knowing what two views of an image share.
-    R: mean coding rate over the two global views and over groups of group_size rows, cut in order
-    from the batch of all processes (None: the whole batch is one group). Z is the student's rows
-    (expa_type 0) or (student + teacher) / 2 (1, the official default): shorter than 1 where the two
-    disagree. expa ("expansion") = γ R.
-    group_size 64, eps_sq 0.4: the official code, on 8 GPUs of 64 images, takes each GPU's own rows
-    but divides by the rows of all: its --eps 0.05 is ε² = 0.05 * 8 on groups of 64.
-    gamma: weight of R; None for (d + n) / (d n), n the images of the batch. The authors' heuristic:
-    for d = 256, 0.0059 at 512 images, 0.0195 at 64. Smaller batches weigh R more.
+    R: mean coding rate over the two global views and over groups of group_size images, cut in order
+    from the batch of all processes (None: the whole batch is one group). A row of Z is what an
+    image has for that view: the student's (expa_type 0), or (student + teacher) / 2 (1, the official
+    default), which is shorter than 1 where the two disagree. expa ("expansion") = γ R.
+    group_size 64, eps_sq 0.4: on 8 GPUs of 64 images, the official code sums over each GPU's own 64
+    rows but divides by the 512 of all. In the formula that is a group of 64 with ε² = 8 * 0.05, for
+    its --eps 0.05. That the published models used just these is why they are the defaults.
+    gamma: weight of R; None for (d + n) / (d n) = 1/n + 1/d, the authors' heuristic, with n the
+    images of the batch: for d = 256, 0.0059 at 512 images, 0.0195 at 64. Smaller batches weigh R
+    more. Whoever accumulates gradients over rounds gives gamma, for n of all rounds.
     """
 
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
@@ -124,7 +128,7 @@ class SimDINOLoss(torch.nn.Module):
             cosine = torch.cosine_similarity(teacher[:, None], student, dim=-1).mean(-1)  # (2, V)
             comp = (cosine.sum() - cosine.diagonal().sum()) / (2 * views - 2)  # not the same view
 
-            # R is no mean over images, only over groups: a group across processes is gathered.
+            # R is a mean over groups, not over images: a group that spans processes is gathered.
             z = student[:2] if self.expa_type == 0 else (student[:2] + teacher) / 2  # (2, B, d)
             batch = images * self.processes()
             group = min(self.group_size or batch, batch)
@@ -150,7 +154,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(parts, own)
-        # The value of z, world times its gradient: DDP averages over processes, R needs the sum.
+        # Has the value of z and world times its gradient: DDP divides the sum over the processes,
+        # each of which has the gradient of its own rows, by world.
         parts[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(parts, dim=-2)
 
@@ -246,8 +251,8 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         cls, grid = self.pos_embed.split([1, self.side**2], dim=1)
         grid = grid.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
-        # DINO adds 0.1 lest h / side * side be rounded below h. It also shifts the grid a little,
-        # as DINO's weights expect.
+        # The 0.1 is DINO's: side * (h / side) could be rounded down to h - 1. It also shifts the
+        # grid a little, and DINO's weights are used to that.
         factor = ((h + 0.1) / self.side, (w + 0.1) / self.side)
         grid = F.interpolate(grid, scale_factor=factor, mode="bicubic")
         return torch.cat([cls, grid.flatten(2).mT], dim=1)
@@ -355,7 +360,7 @@ def augment(views):
 
 
 def photometric(x, blur, solarize=0.0):
-    """DINO's augmentation of uint8 x (B, 3, h, w): each image draws for itself.
+    """DINO's augmentation of uint8 x (B, 3, h, w), drawn for each image.
 
     blur, solarize: the probabilities in which the views differ. All operations equal torchvision's.
     """
@@ -532,7 +537,7 @@ class together:
 
     def __exit__(self, kind, error, trace):
         problem = getattr(error, "code", error and f"{SCRIPT.name}: {reason(error)}")
-        if kind not in (None, SystemExit, OSError):  # what nobody expects
+        if kind and not issubclass(kind, (SystemExit, OSError)):  # what nobody expects
             traceback.print_exception(error)
         problem = next(filter(None, meet(problem)), None)
         if problem:
@@ -580,7 +585,8 @@ def answer(number, _):
 def last_words(kind, error, trace):
     """A traceback; one line where another process has ended first, or one that loads data."""
     if WORLD > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
-        print(f"{SCRIPT.name}: process {RANK} ends, as another one has", file=sys.stderr)
+        line = f"{SCRIPT.name}: process {RANK} ends, as another one has, most likely"
+        print(f"{line} ({reason(error)})", file=sys.stderr)
     elif "DataLoader worker" in str(error):
         print(f"{SCRIPT.name}: {reason(error)} {MEMORY}", file=sys.stderr)
     else:
@@ -776,8 +782,8 @@ def embed(encode, images, num_workers, device):
     """Of this process's share: unit features and, last, the label; -1: none, -2: cannot be read."""
     share = math.ceil(len(images) / WORLD)
     batch = math.ceil(share / math.ceil(share / 256))  # all alike: one graph where it is compiled
-    own = np.arange(share + -share % batch) + RANK * share
-    surplus = torch.from_numpy((own >= len(images)) | (own >= (RANK + 1) * share)).split(batch)
+    own = np.arange(RANK, (share + -share % batch) * WORLD, WORLD)
+    surplus = torch.from_numpy(own >= len(images)).split(batch)
     sampler, rows = (own % len(images)).tolist(), []
     workers = {"num_workers": num_workers, "worker_init_fn": ignore_signals}
     loader = DataLoader(images, batch, sampler=sampler, **workers)
@@ -833,9 +839,14 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--eps": (None, None, (TINY, INF), "the official flag: ε² = EPS batch_size / group_size"),
     "--gamma": (None, None, (0, INF), "weight γ of R; by default (d + n) / (d n), n = batch_size"),
     "--expa_type": (1, 1, (0, 1), "R of the student's rows (0) or of (student + teacher) / 2 (1)"),
-    "--epochs": (7, 100, (1, INF), "passes over the data"),
+    "--epochs": (8, 100, (1, INF), "passes over the data"),
     "--batch_size": (64, 512, (1, INF), "images of a step, all processes and rounds together"),
-    "--batch_size_per_gpu": (64, 64, (1, INF), "images that a process takes at a time"),
+    "--batch_size_per_gpu": (
+        64,
+        64,
+        (1, INF),
+        "images a process takes at a time; alone: in a step",
+    ),
     "--lr": (0.005, 0.0005, (TINY, INF), "peak learning rate for 256 images, scaled in proportion"),
     "--min_lr": (1e-6, 1e-6, (0, INF), "learning rate at the end"),
     "--warmup_epochs": (1.0, 10.0, (0, INF), "epochs over which the learning rate rises from 0"),
@@ -1084,7 +1095,7 @@ def main():
             if log and log[-1]["epoch"] == done // per_epoch and done < end:
                 log.pop()  # that epoch goes on
             say(f"resumed {path} at step {done}, k-NN accuracy {log[-1]['knn'] if log else None}")
-        if shutil.disk_usage(output).free < 16 * weights:
+        if RANK == 0 and shutil.disk_usage(output).free < 16 * weights:
             stop(f"--output_dir {output} has no room for a checkpoint of {16e-9 * weights:.2g} GB")
     prepare(model, args.compile)
 
@@ -1144,7 +1155,7 @@ def main():
     while done < end:
         epoch = done // per_epoch
         first, clock, pending, waited, unread = done, time.perf_counter(), [], 0.0, 0
-        stop_at, number = min(end, (epoch + 1) * per_epoch), 0
+        stop_at = min(end, (epoch + 1) * per_epoch)
         BUSY.append(epoch)
         if cuda:
             torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
@@ -1161,7 +1172,7 @@ def main():
                 dist.all_reduce(new)
             new, pending = new.tolist(), []
             if not np.isfinite(new).all():
-                at = done - np.isfinite(new).all(1)[::-1].argmin()
+                at = done - len(new) + 1 + np.isfinite(new).all(1).argmin()
                 stop(
                     f"the loss is not finite at step {at}: try a lower --lr or --amp off", RANK == 0
                 )
@@ -1176,8 +1187,7 @@ def main():
             line += f"ETA {timedelta(seconds=int((end - done) * n / speed))}"
             say(line, end="\n" if done == stop_at else "")
             signals, late = zip(*meet((max(SIGNALS, default=0), time.monotonic() - saved > 900)))
-            number = max(signals)
-            if number:
+            if max(signals):
                 break
             if late[0]:
                 store()
@@ -1198,10 +1208,10 @@ def main():
         figures = figures if done % per_epoch else []
         store()
         saved = time.monotonic()
-        if number:
+        BUSY.clear()
+        if number := max(meet(max(SIGNALS, default=0))):
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
             raise SystemExit(128 + number)
-        BUSY.clear()
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
             store(f"checkpoint{epoch:04}.pth")
         if rank < 2 and epoch > 0:

@@ -841,12 +841,7 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--expa_type": (1, 1, (0, 1), "R of the student's rows (0) or of (student + teacher) / 2 (1)"),
     "--epochs": (8, 100, (1, INF), "passes over the data"),
     "--batch_size": (64, 512, (1, INF), "images of a step, all processes and rounds together"),
-    "--batch_size_per_gpu": (
-        64,
-        64,
-        (1, INF),
-        "images a process takes at a time; alone: in a step",
-    ),
+    "--batch_size_per_gpu": (64, 64, (1, INF), "images of a process at a time; alone: a step's"),
     "--lr": (0.005, 0.0005, (TINY, INF), "peak learning rate for 256 images, scaled in proportion"),
     "--min_lr": (1e-6, 1e-6, (0, INF), "learning rate at the end"),
     "--warmup_epochs": (1.0, 10.0, (0, INF), "epochs over which the learning rate rises from 0"),

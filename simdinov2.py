@@ -969,12 +969,7 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--expa_type": (1, 1, (0, 1), "R of the student's rows (0) or of (student + teacher) / 2 (1)"),
     "--epochs": (8, 100, (1, INF), "passes over the data"),
     "--batch_size": (64, 1024, (1, INF), "images of a step, all processes and rounds together"),
-    "--batch_size_per_gpu": (
-        64,
-        128,
-        (1, INF),
-        "images a process takes at a time; alone: in a step",
-    ),
+    "--batch_size_per_gpu": (64, 128, (1, INF), "images of a process at a time; alone: a step's"),
     "--lr": (0.005, 0.004, (TINY, INF), "peak learning rate, times the root of batch_size / 1024"),
     "--layerwise_decay": (1.0, 0.9, (TINY, 1), "factor of the learning rate to the block before"),
     "--patch_embed_lr_mult": (1.0, 0.2, (0, INF), "factor of the patch embedding's learning rate"),
@@ -1291,7 +1286,7 @@ def main():
     while done < end:
         epoch = done // per_epoch
         first, clock, pending, waited, unread = done, time.perf_counter(), [], 0.0, 0
-        stop_at, number = min(end, (epoch + 1) * per_epoch), 0
+        stop_at = min(end, (epoch + 1) * per_epoch)
         BUSY.append(epoch)
         if cuda:
             torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
@@ -1324,8 +1319,7 @@ def main():
             line += f"ETA {timedelta(seconds=int((end - done) * n / speed))}"
             say(line, end="\n" if done == stop_at else "")
             signals, late = zip(*meet((max(SIGNALS, default=0), time.monotonic() - saved > 900)))
-            number = max(signals)
-            if number:
+            if max(signals):
                 break
             if late[0]:
                 store()

@@ -999,7 +999,7 @@ def open_images(args, root):
     if total < WORLD:
         stop(f"{train[0]} has {total} images ({', '.join(EXTENSIONS)})")
     if total < args.batch_size:
-        fit = total // block * block or total // WORLD * WORLD
+        fit = total // block * block or min(total, args.group_size) // WORLD * WORLD
         stop(f"{train[0]} has {total} images, fewer than a step: try --batch_size {fit}")
     sizes = args.global_crops_size, args.local_crops_size
     scales = args.global_crops_scale, args.local_crops_scale

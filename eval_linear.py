@@ -389,7 +389,8 @@ def find_images(root):
         seen.add(real)
         for entry in os.scandir(path):
             name = os.path.join(folder, entry.name)
-            if entry.name.startswith(HIDDEN):
+            nowhere = entry.is_symlink() and not os.path.exists(entry)  # broken, or to itself
+            if entry.name.startswith(HIDDEN) or nowhere:
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)

@@ -831,7 +831,7 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--drop_path_rate": (0.0, 0.1, (0, 1 - 1e-6), "stochastic depth, rate at the last block"),
     "--global_crops_size": (32, 224, (1, INF), "side of the 2 global views, pixels"),
     "--local_crops_size": (16, 96, (1, INF), "side of the local views, pixels"),
-    "--global_crops_scale": ([0.4, 1.0], [0.4, 1.0], (TINY, 1), "share of the area, global view"),
+    "--global_crops_scale": ([0.25, 1.0], [0.4, 1.0], (TINY, 1), "share of the area, global view"),
     "--local_crops_scale": ([0.15, 0.4], [0.05, 0.4], (TINY, 1), "share of the area, local view"),
     "--local_crops_number": (6, 10, (0, INF), "local views of an image"),
     "--coeff": (1.0, 1.0, (0, INF), "weight of comp, the mean cosine"),

@@ -956,7 +956,7 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--layerscale": (1.0, 0.1, (0, INF), "what the LayerScale factors start from"),
     "--global_crops_size": (32, 224, (1, INF), "side of the 2 global views, pixels"),
     "--local_crops_size": (16, 96, (1, INF), "side of the local views, pixels"),
-    "--global_crops_scale": ([0.4, 1.0], [0.4, 1.0], (TINY, 1), "share of the area, global view"),
+    "--global_crops_scale": ([0.25, 1.0], [0.4, 1.0], (TINY, 1), "share of the area, global view"),
     "--local_crops_scale": ([0.15, 0.4], [0.05, 0.4], (TINY, 1), "share of the area, local view"),
     "--local_crops_number": (6, 10, (0, INF), "local views of an image"),
     "--mask_sample_probability": (0.5, 0.5, (0, 1), "share of the global crops that are masked"),

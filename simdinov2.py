@@ -625,7 +625,7 @@ def start_process():
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # as in matrix products: float32 is float32
-    atexit.register(lambda: [worker.kill() for worker in active_children()])
+    atexit.register(end_workers)
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
@@ -704,9 +704,17 @@ def last_words(kind, error, trace):
 
 
 def ignore_signals(_):
-    """In a data loading process: the main process answers, needs it for that, and kills it."""
+    """In a data loading process: the main process answers, and needs it until it ends."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """At the end: of data loading processes, which answer no other signal."""
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's answer is an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in active_children():
+        worker.kill()
 
 
 def seed_from(*numbers):
@@ -816,7 +824,7 @@ def find_data(root):
     """-> train, val, why: (folder, names, labels) of each, label -1 for none; val None, and why."""
     if not root.is_dir():
         stop(f"{root} is not a folder: --data_path needs one of images")
-    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    inside = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry))
     split, val, why = root / "train", None, f"{root} has no val/ or test/ but {inside[:5]}"
     if not split.is_dir():
         odd = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"

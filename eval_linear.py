@@ -884,6 +884,9 @@ def main():
             text = json.dumps(results, indent=2) + "\n"
             write(results_path, lambda file: file.write(text.encode()))
     if WORLD > 1:
+        time.sleep(
+            0.2
+        )  # until gloo's threads hold nothing: PyTorch 2.6 would wait for them for ever
         dist.destroy_process_group()
 
 

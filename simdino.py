@@ -20,8 +20,9 @@ where a group is computed, so the second command is that run for W = 1, 2, 4 or 
 images, views and groups. Each GPU takes its share of a step's 512 images 64 at a time, in rounds,
 and their gradients are averaged.
 
-The first command trains on ten kinds of patterns that the script draws: k-NN accuracy @@K-NN@@ %
-(seeds 0, 1 and 2) in @@TIME@@ minutes on 2 CPU cores; random weights give @@RANDOM@@ %, raw pixels 34.2 %.
+The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 63.5, 66.8
+and 64.9 % (seeds 0 to 2) in @@T1@@ minutes on 2 CPU cores; random weights give 15 to 19 %, raw pixels
+34.2 %.
 
 Section 1 is the method, in the order in which an image meets it; section 2 is what runs it.
 "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
@@ -164,8 +165,8 @@ class SimDINOLoss(torch.nn.Module):
 def effective_rank(rows):
     """How many directions rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ.
 
-    1 when all rows are alike, at most min(n, d). The built-in run rises from 1 to about @@RANK@@ of
-    128 rows. Below 2 after the first epochs is a collapse. The host waits for the device.
+    1 when all rows are alike, at most min(n, d). The built-in run rises from 1 to 63: its 128 rows
+    are 2 views of 64 images. Below 2 after the first epochs is a collapse. The host waits for it.
     """
     rows = rows.float()
     gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
@@ -1224,6 +1225,9 @@ def main():
             say(f"warning: collapse: {'the images are (nearly) constant' if flat else cure}")
         judge()
     if WORLD > 1:
+        time.sleep(
+            0.2
+        )  # until gloo's threads hold nothing: PyTorch 2.6 would wait for them for ever
         dist.destroy_process_group()
 
 

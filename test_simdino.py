@@ -4,6 +4,7 @@ github.com/RobinWu218/SimDINO at commit 8149fc4 on the same inputs, by the lines
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib.util
 import json
@@ -11,10 +12,12 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import redirect_stdout
@@ -22,6 +25,7 @@ from functools import partial
 from io import StringIO
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import nn
 
 import eval_linear
@@ -229,7 +233,15 @@ def test_what_the_scripts_share_stands_in_each_in_the_same_words():
     differs = {"Block", "VisionTransformer", "OPTIONS", "main"}
     differs.add("parse_args")
     shared = (v2.keys() & evaluation.keys()) - differs
-    assert {"Attention", "LayerScale", "load_image", "Images", "find_data", "batches"} < shared
+    assert {
+        "Attention",
+        "LayerScale",
+        "load_image",
+        "Images",
+        "find_data",
+        "block_keys",
+        "together",
+    } < shared
     assert [name for name in shared if v2[name] != evaluation[name]] == []
 
 
@@ -1620,6 +1632,902 @@ def test_training_on_a_gpu(monkeypatch, script, pictures, tmp_path, amp):
     assert all(
         name.split(".")[0] in ("backbone", "head") for name in weights_of(tmp_path)["teacher"]
     )
+
+
+# -------------------------------------------------------------------------------- faults: the labels
+
+
+def tree(root, *paths):
+    """Images of one pixel at these paths below root, 8 in a path that ends with a slash."""
+    for path in paths:
+        for name in [f"{path}{i}.png" for i in range(8)] if path.endswith("/") else [path]:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (1, 1)).save(root / name, format="png")
+    return root
+
+
+def found(root, script=simdino):
+    """-> names to train on, labels to judge by (None: none), why there are none."""
+    (_, names, _), val, why = script.find_data(root)
+    return [name.decode() for name in names], val and val[2], why
+
+
+def test_hidden_and_system_folders_and_files_do_not_exist(tmp_path, script):
+    tree(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
+    hidden = ".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git", "$RECYCLE.BIN", "lost+found"
+    tree(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "val") for name in hidden))
+    tree(tmp_path, "train/a/._1.png", "train/a/.hidden.png", "val/b/.deep/x/1.png")
+    assert found(tmp_path, script)[:2] == (["a/1.png", "b/1.png"], [0, 1])
+
+
+def test_a_label_is_the_first_folder_below_the_split(tmp_path, script):
+    tree(tmp_path, "train/a/x/1.png", "train/a/y/z/1.png", "train/b/x/1.png", "train/0.png")
+    tree(tmp_path, "val/b/1.png", "val/a/y/1.png", "val/0.png", "test/a/1.png")
+    (_, names, labels), val, _ = script.find_data(tmp_path)
+    assert names == [b"0.png", b"a/x/1.png", b"a/y/z/1.png", b"b/x/1.png"]
+    assert labels == [-1, 0, 0, 1]
+    assert val == (tmp_path / "val", [b"a/y/1.png", b"b/1.png"], [0, 1])
+
+
+@pytest.mark.parametrize(
+    "paths, reason",
+    [
+        (["train/", "val/"], "fewer than two class folders"),
+        (["train/Cat/", "train/Dog/", "val/cat/1.png", "val/Dog/1.png"], "cat are not in"),
+        (["train/a/", "train/b/", "validation/a/1.png"], "no val/ or test/"),
+        (["train/a/", "train/b/"], "no val/ or test/"),
+        (["train/a/", "val/a/1.png"], "fewer than two class folders"),
+        (["train/a/", "train/b/", "val/1.png"], "no images in class folders"),
+        (["a/", "b/"], "no val/ or test/"),
+    ],
+)
+def test_where_there_is_no_accuracy_one_line_says_why(monkeypatch, capsys, tmp_path, paths, reason):
+    tree(tmp_path / "data", *paths)
+    flags = [*TINY, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    train(monkeypatch, *flags, "--max_steps", 1)
+    printed = capsys.readouterr().out
+    said = [line for line in printed.splitlines() if "accuracy" in line]
+    assert len(said) == 1 and said[0].startswith("no k-NN accuracy: ") and reason in said[0]
+    assert [entry["knn"] for entry in log_of(tmp_path / "out")] == [None]
+
+
+@pytest.mark.parametrize(
+    "train_name, val_name",
+    [("train2017", "val2017"), ("training", "validation"), ("Train", "Val"), ("TRAIN", "TEST")]
+    + [("train_images", "val_images"), ("train-2", "valid")],
+)
+def test_splits_under_other_names_are_not_trained_on(
+    monkeypatch, tmp_path, train_name, val_name, script
+):
+    tree(tmp_path / "data", f"{train_name}/a/", f"{val_name}/a/", f"{val_name}/b/")
+    flags = [*TINY, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    message = expect_stop(monkeypatch, *flags, script=script)
+    assert train_name in message and val_name in message
+
+
+# ---------------------------------------------------------------------------------- faults: the runs
+
+
+@pytest.fixture(scope="module")
+def begun(script, pictures, tmp_path_factory):
+    """The folder of a run of 3 steps that may go on; tests copy it."""
+    output = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        flags = [*TINY, "--data_path", pictures, "--output_dir", output, "--max_steps", 3]
+        train(monkeypatch, *flags, script=script)
+    return output
+
+
+def test_the_same_command_with_another_method_does_not_resume(
+    monkeypatch, capsys, script, begun, pictures, tmp_path
+):
+    output = Path(shutil.copytree(begun, tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    flags = [*TINY, "--data_path", pictures, "--output_dir", output]
+    for change in (
+        "--seed 1",
+        "--lr 0.1",
+        "--eps_sq 4",
+        "--gamma 0.5",
+        "--hidden_dim 16",
+        "--group_size 4",
+        "--expa_type 0",
+        "--momentum_teacher 0.95",
+        "--local_crops_number 3",
+        "--drop_path_rate 0",
+        "--weight_decay 0.1",
+    ):
+        message = expect_stop(monkeypatch, *flags, *change.split(), script=script)
+        flag, value = change[2:].split()
+        assert f"{flag} is " in message and value in message and "--output_dir" in message
+    all_three = ["--seed", 1, "--lr", 0.1, "--eps_sq", 4]
+    message = expect_stop(monkeypatch, *flags, *all_three, script=script)
+    assert all(f"{flag} is " in message for flag in ("seed", "lr", "eps_sq"))
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert "k-NN accuracy" not in capsys.readouterr().out
+
+
+def test_another_data_set_of_as_many_images_is_another_run(
+    monkeypatch, script, begun, pictures, tmp_path
+):
+    output, other = Path(shutil.copytree(begun, tmp_path / "out")), tmp_path / "other"
+    shutil.copytree(pictures, other)
+    (other / "train" / "kind0" / "0.png").rename(other / "train" / "kind0" / "new.png")
+    before = (output / "checkpoint.pth").read_bytes()
+    flags = [*TINY, "--output_dir", output, "--data_path", other]
+    assert "image_list is " in expect_stop(monkeypatch, *flags, script=script)
+    assert (output / "checkpoint.pth").read_bytes() == before
+
+
+def test_what_leaves_the_method_as_it_is_may_differ(monkeypatch, script, begun, pictures, tmp_path):
+    output = Path(shutil.copytree(begun, tmp_path / "out"))
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    flags = [*TINY, "--output_dir", output, "--data_path", moved, "--max_steps", 4]
+    flags += ["--epochs", 5, "--num_workers", 1, "--saveckp_freq", 1, "--eval_freq", 0]
+    train(monkeypatch, *flags, "--grad_checkpointing", "--amp", "bf16", script=script)
+    assert weights_of(output)["step"] == 4
+
+
+def test_judging_never_and_running_again_change_no_figure(
+    monkeypatch, capsys, script, pictures, tmp_path
+):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path]
+    train(monkeypatch, *flags, "--eval_freq", 0, "--max_steps", 6, script=script)
+    assert [entry["knn"] for entry in log_of(tmp_path)] == [None, None]
+    train(monkeypatch, *flags, "--max_steps", 7, script=script)
+    entries = log_of(tmp_path)
+    assert [entry["knn"] is None for entry in entries] == [True, False, False]
+    capsys.readouterr()
+    train(monkeypatch, *flags, "--max_steps", 7, script=script)
+    assert log_of(tmp_path) == entries and weights_of(tmp_path)["log"] == entries
+    assert "k-NN accuracy after" not in capsys.readouterr().out
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import simdino
+simdino.claim(Path(sys.argv[2]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(
+    monkeypatch, script, pictures, tmp_path
+):
+    pytest.importorskip("fcntl")
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--max_steps", 1]
+    command = [sys.executable, "-c", CLAIM, Path(script.__file__).parent, tmp_path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout.readline() == b"held\n"
+        message = expect_stop(monkeypatch, *flags, script=script)
+        assert "another run" in message and str(tmp_path) in message
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        first.kill()
+    train(monkeypatch, *flags, script=script)
+    assert weights_of(tmp_path)["step"] == 1
+
+
+# -------------------------------------------------------------------------- faults: work is not lost
+
+
+def test_an_epoch_is_saved_before_it_is_judged(monkeypatch, script, pictures, tmp_path):
+    """k-NN of a val/ that cannot be read any more loses nothing, and is made up for."""
+    data = Path(shutil.copytree(pictures, tmp_path / "data"))
+    flags = [*TINY, "--data_path", data, "--output_dir", tmp_path / "out"]
+    knn = script.knn
+
+    def broken(*arguments):
+        for path in (data / "val").rglob("*.*"):
+            path.write_bytes(b"rubbish")
+        return knn(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "knn", broken)
+        message = expect_stop(patch, *flags, script=script)
+    assert "can be read" in message
+    assert weights_of(tmp_path / "out")["step"] == 6
+    assert [entry["knn"] for entry in log_of(tmp_path / "out")] == [None, None]
+    shutil.copytree(pictures / "val", data / "val", dirs_exist_ok=True)
+    train(monkeypatch, *flags, script=script)
+    train(monkeypatch, *flags[:-1], tmp_path / "whole", script=script)
+    ours, theirs = weights_of(tmp_path / "out"), weights_of(tmp_path / "whole")
+    assert same(ours["student"], theirs["student"]) and same(ours["teacher"], theirs["teacher"])
+    accuracies = [[entry["knn"] for entry in state["log"]] for state in (ours, theirs)]
+    assert accuracies[0] == accuracies[1] and accuracies[0][1] is not None
+
+
+def test_an_exception_in_knn_ends_the_run_after_the_save(monkeypatch, script, pictures, tmp_path):
+    def broken(*_):
+        raise RuntimeError("no k-NN today")
+
+    monkeypatch.setattr(script, "embed", broken)
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path]
+    assert "no k-NN today" in expect_stop(monkeypatch, *flags, script=script)
+    assert weights_of(tmp_path)["step"] == 6
+
+
+def test_a_val_of_unreadable_images_is_found_at_the_start(monkeypatch, script, pictures, tmp_path):
+    data = Path(shutil.copytree(pictures, tmp_path / "data"))
+    for path in (data / "val").rglob("*.*"):
+        path.write_bytes(b"rubbish")
+    flags = [*TINY, "--data_path", data, "--output_dir", tmp_path / "out"]
+    message = expect_stop(monkeypatch, *flags, script=script)
+    assert "can be read" in message and str(data / "val") in message
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_the_start(
+    monkeypatch, capsys, script, pictures, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked" / ".lock").mkdir(parents=True)
+    for output in tmp_path / "file", tmp_path / "file" / "below", tmp_path / "locked":
+        flags = [*TINY, "--data_path", pictures, "--output_dir", output]
+        message = expect_stop(monkeypatch, *flags, script=script)
+        assert f"--output_dir {output} (" in message
+    assert "step 1" not in capsys.readouterr().out
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_found_at_the_start(
+    monkeypatch, capsys, script, pictures, tmp_path
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path]
+    message = expect_stop(monkeypatch, *flags, script=script)
+    assert str(tmp_path) in message and "room" in message
+    assert "epoch 1" not in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(
+    monkeypatch, script, begun, pictures, tmp_path
+):
+    """The limit on a file's size makes a write fail half-way, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    output = Path(shutil.copytree(begun, tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    flags = [*TINY, "--data_path", pictures, "--output_dir", output, "--max_steps", 5]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
+    try:
+        message = expect_stop(monkeypatch, *flags, script=script)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in message and str(output / "checkpoint.pth") in message
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    train(monkeypatch, *flags, script=script)
+    assert weights_of(output)["step"] == 5
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB: room for one checkpoint of 8 MB, not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_with_room_for_one_checkpoint_keeps_it(monkeypatch, pictures, small_disk):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", small_disk]
+    message = expect_stop(monkeypatch, *flags)
+    assert "cannot write" in message and str(small_disk) in message
+    assert weights_of(small_disk)["step"] == 3
+    assert {path.name for path in small_disk.iterdir()} == {".lock", "checkpoint.pth", "log.txt"}
+
+
+def test_long_epochs_are_saved_every_quarter_of_an_hour(monkeypatch, script, pictures, tmp_path):
+    clock, saves, write = [0.0], [], script.write
+
+    def monotonic():  # a minute at each look
+        clock[0] += 60
+        return clock[0]
+
+    def spy(path, dump):
+        saves.append(path.name)
+        write(path, dump)
+
+    fake = SimpleNamespace(monotonic=monotonic, perf_counter=time.perf_counter)
+    monkeypatch.setattr(script, "time", fake)
+    monkeypatch.setattr(script, "write", spy)
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--batch_size_per_gpu", 1]
+    train(monkeypatch, *flags, "--batch_size", 1, "--epochs", 2, "--eval_freq", 0, script=script)
+    first_epoch = saves.index("checkpoint0000.pth")
+    assert saves[:first_epoch].count("checkpoint.pth") == 1, "30 steps are 3 looks: no save is due"
+
+    clock[0], saves[:] = 0.0, []
+    fake.monotonic = lambda: clock.__setitem__(0, clock[0] + 1000) or clock[0]
+    flags[flags.index("--output_dir") + 1] = tmp_path / "slow"
+    train(monkeypatch, *flags, "--batch_size", 1, "--epochs", 2, "--eval_freq", 0, script=script)
+    first_epoch = saves.index("checkpoint0000.pth")
+    assert saves[:first_epoch].count("checkpoint.pth") >= 3
+
+
+def launch(script, *flags, world=1, launcher=False, stdout=subprocess.PIPE, sabotage="", **env):
+    """Processes of a run, one a rank, or the launcher alone. sabotage: code run before main."""
+    folder, name = Path(script.__file__).parent, script.__name__
+    start, port = [script.__file__], str(free_port())
+    if sabotage:
+        code = f"import os, sys\nsys.path.insert(0, {str(folder)!r})\nimport {name} as script\n"
+        code += f"RANK = script.RANK\n{sabotage}\n"
+        start = ["-c", code + "sys.excepthook = script.last_words\nscript.main()"]
+    command = [sys.executable]
+    if launcher:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(world)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", port]
+    command += [*start, *map(str, flags)]
+    ranks = []
+    for rank in range(1 if launcher else world):
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank)}
+        variables |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        variables = env if launcher or world == 1 else variables | env
+        clean = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        process = subprocess.Popen(
+            command,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**clean, **variables},
+            start_new_session=True,
+        )
+        ranks.append(process)
+    return ranks
+
+
+def ends(ranks, seconds=120):
+    """Statuses and outputs of processes that all must end by themselves."""
+    outputs = []
+    try:
+        for process in ranks:
+            outputs.append(process.communicate(timeout=seconds)[0])
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return [process.returncode for process in ranks], outputs
+
+
+def wait_for(path, ranks, seconds=120):
+    """Until the file is there; the processes must live until then."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert all(process.poll() is None for process in ranks) and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(
+    monkeypatch, script, pictures, tmp_path, number, status
+):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path / "out"]
+    flags += ["--epochs", 4000, "--eval_freq", 0, "--saveckp_freq", 0]
+    ranks = launch(script, *flags)
+    wait_for(tmp_path / "out" / "log.txt", ranks)
+    ranks[0].send_signal(number)
+    statuses, (printed,) = ends(ranks)
+    assert statuses == [status]
+    assert "Traceback" not in printed and printed.count(number.name) == 1
+    step = weights_of(tmp_path / "out")["step"]
+    last = printed.splitlines()[-1]
+    assert last.startswith(number.name)
+    assert ": saved " not in last or f"at step {step}" in last
+    flags += ["--max_steps", step + 2]
+    train(monkeypatch, *flags, script=script)
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "whole", script=script)
+    ours, theirs = weights_of(tmp_path / "out"), weights_of(tmp_path / "whole")
+    assert ours["step"] == step + 2
+    for part in ("student", "teacher", "optimizer"):
+        assert same(ours[part], theirs[part]), part
+
+
+def test_two_processes_agree_on_a_signal_and_go_on_to_the_same_bits(pictures, tmp_path):
+    flags = [*TINY, "--data_path", pictures, "--batch_size", 8, "--batch_size_per_gpu", 4]
+    flags += ["--epochs", 4000, "--eval_freq", 0, "--saveckp_freq", 0, "--output_dir"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    # One of two gets it
+    ranks = launch(simdino, *flags, out, world=2)
+    wait_for(out / "log.txt", ranks)
+    ranks[1].send_signal(signal.SIGINT)
+    statuses, printed = ends(ranks)
+    first = weights_of(out)["step"]
+    if statuses[0] == 130:  # it came within a step, not between two epochs
+        assert statuses == [130, 130]
+        assert "".join(printed).count("SIGINT: saved") == 1
+    assert 0 not in statuses and "Traceback" not in "".join(printed)
+
+    # The launcher gets it, and hands it on
+    before = (out / "checkpoint.pth").stat().st_mtime_ns
+    ranks = launch(simdino, *flags, out, world=2, launcher=True)
+    deadline = time.monotonic() + 120
+    while (out / "checkpoint.pth").stat().st_mtime_ns == before:
+        assert ranks[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks[0].send_signal(signal.SIGTERM)
+    statuses, (printed,) = ends(ranks)
+    assert statuses != [0] and printed.count("SIGTERM: ") == 1
+    second = weights_of(out)["step"]
+    assert second > first
+
+    flags += [out, "--max_steps", second + 2]
+    pair = [launch(simdino, *flags, "--output_dir", f, world=2) for f in (out, whole)]
+    assert [ends(ranks)[0] for ranks in pair] == [[0, 0], [0, 0]]
+    ours, theirs = weights_of(out), weights_of(whole)
+    assert ours["step"] == second + 2
+    for part in ("student", "teacher", "optimizer"):
+        assert same(ours[part], theirs[part]), part
+
+
+# ----------------------------------------------------------------- faults: what is printed, and names
+
+
+def test_what_is_printed_into_a_file_is_there_when_the_run_is_killed(script, pictures, tmp_path):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path / "out", "--epochs", 4000]
+    with (tmp_path / "printed").open("w") as file:
+        ranks = launch(script, *flags, "--eval_freq", 0, stdout=file)
+        wait_for(tmp_path / "out" / "log.txt", ranks)
+        ranks[0].kill()
+        ranks[0].wait()
+    printed = (tmp_path / "printed").read_text()
+    assert "4000 epochs of 30 images" in printed and "epoch 1/4000 step 3/12000" in printed
+
+
+def test_names_that_are_no_valid_text_are_read_and_printed_on_an_ascii_terminal(
+    script, pictures, tmp_path
+):
+    data = tmp_path / "d\u00e9j\u00e0"
+    data.mkdir()
+    good = (pictures / "train" / "kind0" / "1.jpg").read_bytes()
+    names = [b"caf\xe9.jpg", b"\xff\xfe.jpg", "\u00e9t\u00e9.jpg".encode(), "\u96ea.jpg".encode()]
+    try:
+        for name in names + [b"%d.jpg" % i for i in range(6)]:
+            with open(os.path.join(os.fsencode(data), name), "wb") as file:
+                file.write(good)
+        for name in (b"bad\xe9.jpg", "bad\u96ea.png".encode()):
+            with open(os.path.join(os.fsencode(data), name), "wb"):
+                pass
+    except OSError:
+        pytest.skip("needs a file system that takes any name")
+    flags = [*TINY, "--data_path", data, "--output_dir", tmp_path / "out", "--epochs", 2]
+    flags += ["--batch_size", 12, "--batch_size_per_gpu", 12]
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    ranks = launch(script, *flags, PYTHONCOERCECLOCALE="0", **ascii_only)
+    statuses, (printed,) = ends(ranks)
+    assert statuses == [0], printed
+    assert printed.isascii() and "of 12 images" in printed
+    assert len([line for line in printed.splitlines() if "unreadable" in line]) == 2
+    assert [entry["bad_images"] for entry in log_of(tmp_path / "out")] == [2, 2]
+
+
+# --------------------------------------------------------------------------- faults: images, folders
+
+
+def test_the_replacements_of_unreadable_images_are_spread(tmp_path, script):
+    for i in range(200):
+        (tmp_path / f"a{i:03}.png").write_bytes(b"")
+        Image.new("RGB", (2, 1), (i, 0, 0)).save(tmp_path / f"b{i:03}.png")
+    images = script.Images(tmp_path, script.find_images(tmp_path), [-1] * 400, lambda x: x)
+    taken = [images[i][0][0, 0, 0].item() for i in range(200)]
+    assert len(set(taken)) > 100, "of 200 draws from 200, about 126 are different"
+    assert max(map(taken.count, taken)) < 10
+    assert [images[i][0][0, 0, 0].item() for i in range(200)] == taken
+    assert [images[400 + i][0][0, 0, 0].item() for i in range(200)] != taken, "another epoch"
+    assert images[7][2].count("a007.png") >= 1 and images[207][2] == ""
+
+
+def test_unreadable_images_cost_few_reads_however_many_they_are(monkeypatch, tmp_path, script):
+    reads = []
+
+    def load_image(path):
+        reads.append(path)
+        if "bad" in path:
+            raise OSError(path)
+        return torch.zeros(3, 1, 1, dtype=torch.uint8)
+
+    monkeypatch.setattr(script, "load_image", load_image)
+    names = [b"bad%d" % i for i in range(5000)] + [b"good%d" % i for i in range(5000)]
+    images = script.Images(tmp_path, names, [-1] * 10_000, lambda x: x)
+    for i in range(100):
+        images[i]
+    assert len(reads) < 1000, "about 300: each needs two draws on average"
+    reads.clear()
+    with pytest.raises(OSError, match="can be read"):
+        script.Images(tmp_path, names[:5000], [-1] * 5000, lambda x: x)[0]
+    assert len(reads) <= 1000
+
+
+def test_the_first_unreadable_images_are_named_with_the_reason_and_all_are_counted(
+    monkeypatch, capsys, script, pictures, tmp_path
+):
+    data = Path(shutil.copytree(pictures, tmp_path / "data"))
+    for path in (data / "train" / "kind0").iterdir():
+        path.write_bytes(b"")
+    Image.new("RGB", (300, 300)).save(data / "train" / "kind1" / "0.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    flags = [*TINY, "--data_path", data, "--output_dir", tmp_path / "out", "--eval_freq", 0]
+    flags += ["--batch_size", 30, "--batch_size_per_gpu", 30]
+    train(monkeypatch, *flags, script=script)
+    printed = capsys.readouterr().out.splitlines()
+    assert [entry["bad_images"] for entry in log_of(tmp_path / "out")] == [12] * 4
+    named = [line for line in printed if "kind" in line]
+    assert 1 <= len(named) <= 5 and all(re.search(r"kind.*\(.+\)", line) for line in named)
+    assert sum("12 images" in line for line in printed) == 4, "the count, each epoch"
+
+
+@pytest.mark.parametrize("name", ["guard.png", "truncated.png", "empty.jpg", "bands.tif"])
+def test_the_reason_why_an_image_is_unreadable_is_said(monkeypatch, tmp_path, name):
+    path, reason = tmp_path / name, r"cannot identify|truncated"
+    if name == "bands.tif":  # 8 samples of 8 bits in a pixel, 1 x 1
+        entries = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 8, 200), (259, 3, 1, 1)]
+        entries += [
+            (262, 3, 1, 1),
+            (273, 4, 1, 220),
+            (277, 3, 1, 8),
+            (278, 3, 1, 1),
+            (279, 4, 1, 8),
+        ]
+        body = b"".join(
+            tag.to_bytes(2, "little")
+            + kind.to_bytes(2, "little")
+            + count.to_bytes(4, "little")
+            + value.to_bytes(4, "little")
+            for tag, kind, count, value in entries
+        )
+        head = b"II*\0" + (8).to_bytes(4, "little") + len(entries).to_bytes(2, "little")
+        body = (head + body + bytes(4)).ljust(200, b"\0") + b"\x08\0" * 8
+        path.write_bytes(body.ljust(220, b"\0") + bytes(range(8)))
+        reason = r"mode|identify"
+    elif name == "guard.png":
+        Image.new("L", (300, 300)).save(path)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+        reason = "exceeds limit"
+    elif name == "truncated.png":
+        rng = np.random.default_rng(0)
+        Image.fromarray(rng.integers(0, 255, (50, 50, 3), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:4000])
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(OSError, match=reason) as error:
+        simdino.load_image(path)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unreadable_images_are_left_out_of_the_accuracy(capsys, script, pictures, tmp_path):
+    def accuracy(root):
+        splits = [script.Images(*split, lambda x: x[:, :40, :40]) for split in judged(root)]
+        backbone = torch.nn.Flatten()
+        model = SimpleNamespace(teacher=SimpleNamespace(backbone=backbone))
+        model.device, model.autocast = torch.device("cpu"), contextlib.nullcontext()
+        return script.knn(model, splits, 0)
+
+    def judged(root):
+        return script.find_data(root)[:2]
+
+    broken, fewer = (
+        Path(shutil.copytree(pictures, tmp_path / name)) for name in ("broken", "fewer")
+    )
+    for i in range(3):
+        for split in "train", "val":
+            name = f"{split}/kind{i}/{i}.{('png', 'jpg', 'webp')[i % 3]}"
+            (broken / name).write_bytes(b"rubbish")
+            (fewer / name).unlink()
+    (fewer / "train" / "kind1" / "4.jpg").unlink()
+    assert accuracy(broken) == accuracy(fewer)
+    assert re.search(r"\b[37] images", capsys.readouterr().out), "their number is said"
+
+
+def stretched(values):
+    return np.round(255 * (values - values.min()) / (values.max() - values.min())).astype(int)
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_16_bit_images_are_stretched_to_their_own_range(tmp_path, script, top, extension):
+    values = np.linspace(top // 8, top, 48).round().reshape(6, 8).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{extension}")
+    pixels = script.load_image(tmp_path / f"x.{extension}")
+    assert pixels.shape == (3, 6, 8) and pixels.dtype == torch.uint8
+    assert np.array_equal(pixels[1].numpy(), stretched(values.astype(float)))
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-1024.0, 3071.0), (0.2, 0.20001)])
+def test_float_and_ct_images_are_stretched_to_their_own_range(tmp_path, script, low, high):
+    values = np.linspace(low, high, 48).reshape(6, 8).astype(np.float32)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    pixels = script.load_image(tmp_path / "x.tif")
+    assert np.array_equal(pixels[2].numpy(), stretched(values.astype(float)))
+    if low == -1024:
+        Image.fromarray(values.round().astype(np.int32)).save(tmp_path / "i.tif")
+        pixels = script.load_image(tmp_path / "i.tif")
+        assert np.array_equal(pixels[0].numpy(), stretched(values.round().astype(float)))
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    Image.fromarray(values).save(tmp_path / "nan.tif")
+    assert script.load_image(tmp_path / "nan.tif").float().std() > 30
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_a_constant_image_of_many_bits_loads(tmp_path, script, mode):
+    dtype = np.uint16 if mode == "I;16" else np.float32
+    Image.fromarray(np.full((3, 4), 7, dtype)).save(tmp_path / "x.tif")
+    assert script.load_image(tmp_path / "x.tif").unique().numel() == 1
+
+
+def test_a_collapse_of_constant_images_names_them(monkeypatch, capsys, script, pictures, tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(24):
+        Image.new("L", (40, 40), 128).save(tmp_path / "data" / f"{i}.png")
+    for data, constant in (tmp_path / "data", True), (pictures / "train", False):
+        flags = [*TINY, "--data_path", data, "--output_dir", tmp_path / data.name, "--gamma", 0]
+        train(monkeypatch, *flags, script=script)
+        said = [line for line in capsys.readouterr().out.splitlines() if "collapse" in line]
+        assert said and all(("constant" in line) is constant for line in said)
+        assert all(("--eps_sq" in line) is not constant for line in said)
+
+
+def test_links_lead_to_no_image_twice_and_to_an_end(tmp_path, script):
+    data = tree(tmp_path / "parent" / "data", "a/1.png", "b/1.png", "b/c/2.png")
+    (data / "latest").symlink_to(".")
+    (data / "a" / "up").symlink_to("..")
+    (data / "b" / "out").symlink_to("../..")
+    (data / "again").symlink_to("b")
+    for folder in data, data / "b" / "c":
+        (folder / "itself").symlink_to("itself")
+        (folder / "gone.png").symlink_to("nowhere.png")
+    assert found(data, script)[0] == ["a/1.png", "b/1.png", "b/c/2.png"]
+
+
+def test_a_linked_folder_of_images_is_found(tmp_path, script):
+    tree(tmp_path, "elsewhere/1.png", "data/a/1.png")
+    (tmp_path / "data" / "b").symlink_to("../elsewhere")
+    assert script.find_images(tmp_path / "data") == [b"a/1.png", b"b/1.png"]
+
+
+@pytest.mark.parametrize("extension", ["jpg", "JPEG", "jfif", "png", "webp", "bmp", "tif", "gif"])
+def test_images_of_all_usual_extensions_are_found_and_read(tmp_path, script, extension):
+    path = tmp_path / f"x.{extension}"
+    form = {"jpg": "jpeg", "jfif": "jpeg", "tif": "tiff"}.get(extension.lower(), extension)
+    Image.new("RGB", (4, 3), (200, 0, 0)).save(path, format=form)
+    (tmp_path / f"._x.{extension}").write_bytes(b"Mac OS X")
+    (tmp_path / "notes.txt").write_text("no image")
+    assert script.find_images(tmp_path) == [os.fsencode(path.name)]
+    assert script.load_image(path).shape == (3, 3, 4)
+
+
+def test_avif_images_are_found_and_read_where_pillow_does(tmp_path, script):
+    if not features.check("avif"):
+        (tmp_path / "x.avif").write_bytes(b"")
+    else:
+        Image.new("RGB", (16, 8), (200, 0, 0)).save(tmp_path / "x.avif")
+        assert script.load_image(tmp_path / "x.avif").shape == (3, 8, 16)
+    assert script.find_images(tmp_path) == [b"x.avif"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file_is_no_image(tmp_path, script):
+    tree(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    assert script.find_images(tmp_path) == [b"a.png"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_folder_that_cannot_be_listed_is_named(monkeypatch, script, pictures, tmp_path, split):
+    scandir, closed = os.scandir, str(pictures / split / "kind2")
+
+    def guarded(path):
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path / "out"]
+    message = expect_stop(monkeypatch, *flags, script=script)
+    assert "cannot list" in message and closed in message and "Permission denied" in message
+
+
+# -------------------------------------------------------------- faults: elsewhere, several processes
+
+
+def test_the_scripts_run_where_resource_and_fcntl_are_missing(script, pictures, tmp_path):
+    missing = "import sys\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--max_steps", "1"]
+    code = missing + f"import runpy\nrunpy.run_path({script.__file__!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert weights_of(tmp_path)["step"] == 1
+
+
+FAULTS = {  # name: (code run before main, words of the line, further flags)
+    "no image can be read by a worker of rank 1": (
+        """
+        if RANK == 1:
+            load, calls = script.load_image, []
+            def load_image(path):
+                calls.append(path)
+                if len(calls) > 20:
+                    raise OSError('the disk is gone')
+                return load(path)
+            script.load_image = load_image
+        """,
+        "the disk is gone",
+        ["--num_workers", "1"],
+    ),
+    "rank 0 cannot write": (
+        """
+        def save(*_):
+            raise OSError(28, 'No space left on device')
+        import torch
+        torch.save = save
+        """,
+        "No space left on device",
+        [],
+    ),
+    "k-NN raises on rank 1": (
+        """
+        embed = script.embed
+        def broken(*arguments):
+            if RANK == 1:
+                raise OSError('k-NN fails')
+            return embed(*arguments)
+        script.embed = broken
+        """,
+        "k-NN fails",
+        ["--eval_freq", "1"],
+    ),
+    "rank 1 finds other images": (
+        """
+        if RANK == 1:
+            find = script.find_images
+            script.find_images = lambda root: find(root)[1:]
+        """,
+        "do not find the same images",
+        [],
+    ),
+    "rank 1 finds far fewer images": (
+        """
+        if RANK == 1:
+            find = script.find_images
+            script.find_images = lambda root: find(root)[:3]
+        """,
+        "fewer than a step",
+        [],
+    ),
+    "rank 1 cannot list a folder": (
+        """
+        if RANK == 1:
+            scandir = os.scandir
+            def guarded(path):
+                if str(path).endswith('kind2'):
+                    raise PermissionError(13, 'Permission denied')
+                return scandir(path)
+            os.scandir = guarded
+        """,
+        "cannot list",
+        [],
+    ),
+    "rank 0 cannot claim the folder": (
+        """
+        def claim(output):
+            script.stop('the folder is taken')
+        script.claim = claim
+        """,
+        "the folder is taken",
+        [],
+    ),
+    "rank 1 raises in the set-up": (
+        """
+        def build(*_):
+            raise OSError('no model today')
+        if RANK == 1:
+            script.build = build
+        """,
+        "no model today",
+        [],
+    ),
+    "rank 1 raises in a step": (
+        """
+        step = script.SimDINO.step
+        def broken(self, *arguments):
+            if RANK == 1 and arguments[1] > 0:
+                raise OSError('no step today')
+            return step(self, *arguments)
+        script.SimDINO.step = broken
+        """,
+        "no step today",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_ends_one_process_ends_all_with_its_line(pictures, tmp_path, fault):
+    """No launcher is there to kill the others: each ends by itself."""
+    sabotage, words, more = FAULTS[fault]
+    sabotage = textwrap.dedent(sabotage)
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path / "out", *more]
+    flags += ["--batch_size", 8, "--batch_size_per_gpu", 4]
+    statuses, printed = ends(launch(simdino, *flags, world=2, sabotage=sabotage))
+    assert all(statuses), printed
+    said = [line for text in printed for line in text.splitlines() if words in line]
+    said = [line for line in said if re.search(r"simdino\.py: |OSError: ", line)]
+    assert len(said) == 1, "\n".join(printed)
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_launcher(script, pictures, tmp_path):
+    sabotage = "if RANK == 1:\n    script.knn = lambda *_: os.kill(os.getpid(), 9)"
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path / "out"]
+    flags += ["--batch_size", 8, "--batch_size_per_gpu", 4]
+    statuses, printed = ends(launch(script, *flags, world=2, sabotage=sabotage))
+    assert statuses[1] == -9 and statuses[0] not in (0, None)
+    assert "Traceback" not in printed[0] and "process 0 ends" in printed[0]
+    assert weights_of(tmp_path / "out")["step"] == 6
+
+
+def test_a_data_worker_that_dies_ends_the_process_with_a_line(script, pictures, tmp_path):
+    sabotage = (
+        "load, calls = script.load_image, []\n"
+        "def load_image(path):\n"
+        "    calls.append(path)\n"
+        "    if len(calls) > 40:\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return load(path)\n"
+        "script.load_image = load_image"
+    )
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--num_workers", 1]
+    statuses, (printed,) = ends(launch(script, *flags, "--eval_freq", 0, sabotage=sabotage))
+    assert statuses == [1]
+    last = printed.splitlines()[-1]
+    assert "--num_workers 0" in last and "--shm-size" in last, printed
+    assert "Traceback" not in printed
+
+
+def test_a_worker_that_raises_ends_the_process_with_its_line(script, pictures, tmp_path):
+    sabotage = """
+load, calls = script.load_image, []
+def load_image(path):
+    calls.append(path)
+    if len(calls) > 40:
+        raise OSError("the disk is gone")
+    return load(path)
+script.load_image = load_image
+"""
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--num_workers", 2]
+    statuses, (printed,) = ends(launch(script, *flags, "--eval_freq", 0, sabotage=sabotage))
+    assert statuses == [1], printed
+    said = [line for line in printed.splitlines() if line.startswith(f"{script.__name__}.py: ")]
+    assert len(said) == 1 and "the disk is gone" in said[0], printed
+    assert "Traceback" not in printed
+
+
+# ------------------------------------------------------------------------------------- faults: fp16
+
+
+def test_fp16_that_never_has_finite_gradients_stops(monkeypatch, script, pictures, tmp_path):
+    small = partial(torch.amp.GradScaler, init_scale=1.0)  # instead of 16 steps down from 65,536
+    monkeypatch.setattr(torch.amp, "GradScaler", small)
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--eval_freq", 0]
+    flags += ["--amp", "fp16", "--coeff", 1e30, "--batch_size", 2, "--batch_size_per_gpu", 2]
+    message = expect_stop(monkeypatch, *flags, "--max_steps", 2, script=script)
+    assert "no finite gradients by step 2" in message and "--amp bf16" in message
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_a_run_resumes_in_another_precision_and_back(monkeypatch, script, pictures, tmp_path):
+    flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--eval_freq", 0]
+    flags += ["--batch_size", 2, "--batch_size_per_gpu", 2]
+    for steps, amp in enumerate(("off", "fp16", "off", "bf16", "fp16"), start=1):
+        train(monkeypatch, *flags, "--amp", amp, "--max_steps", steps, script=script)
+        state = weights_of(tmp_path)
+        assert state["step"] == steps and bool(state["scaler"]) is (amp == "fp16")
 
 
 # ------------------------------------------------------------------------ evaluation: the weights

@@ -886,6 +886,8 @@ def parse_args(argv=None):
         text += f" [{built_in} | {imagenet}]"
         parser.add_argument(flag, type=kind, nargs=many, choices=choices, help=text)
     args = parser.parse_args(argv)
+    if args.data_path == "":
+        refuse("--data_path is empty")
     if args.batch_size_per_gpu and not args.batch_size:  # as in DINO: a step of one round
         args.batch_size = args.batch_size_per_gpu * WORLD
     for flag, (built_in, imagenet, allowed, _) in OPTIONS.items():
@@ -1211,14 +1213,14 @@ def main():
         entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         log.append(entry)
         figures = figures if done % per_epoch else []
+        if args.saveckp_freq and not figures and epoch % args.saveckp_freq == 0:
+            store(f"checkpoint{epoch:04}.pth")
         store()
         saved = time.monotonic()
         BUSY.clear()
         if number := max(meet(max(SIGNALS, default=0))):
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
             raise SystemExit(128 + number)
-        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            store(f"checkpoint{epoch:04}.pth")
         if rank < 2 and epoch > 0:
             flat = views[0].float().std((1, 2, 3)).median() < 2
             cure = "try a smaller --eps_sq, a larger --gamma or a lower --lr"

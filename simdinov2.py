@@ -17,8 +17,9 @@ and patches alike, and the CLS token is made of patches by attention: were these
 not tell images apart. The ViT has register tokens and LayerScale, and the lower a block, the lower
 its learning rate. The recipe takes 1,024 images a step, in groups and rounds of 128.
 
-The first command trains on ten kinds of patterns that the script draws: k-NN accuracy @@V2@@
-(seeds 0 to 2) in @@T2@@ minutes on 2 CPU cores; random weights give 14 to 18 %, raw pixels 34.2 %.
+The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 70.6, 68.6
+and 67.1 % (seeds 0 to 2) in 2.3 minutes on 2 CPU cores; random weights give 14 to 18 %, raw pixels
+34.2 %.
 
 Section 1 is the method, in the order in which an image meets it; section 2 is what runs it.
 "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.

@@ -15,10 +15,10 @@ images, the rows of Z, are kept apart:
 
 The first term alone is solved by one vector for all images: collapse. DINO keeps from it by
 prototypes, centering, sharpening and schedules of temperatures; here R, which is smallest there,
-does it alone. The published run took R over groups of 64 images. A mean over groups does not ask
-where a group is computed, so the second command is that run for W = 1, 2, 4 or 8 GPUs: the same
-images, views and groups. Each GPU takes its share of a step's 512 images 64 at a time, in rounds,
-and their gradients are averaged.
+does it alone. The published run took R over groups of 64 images, a group on one GPU. A mean over
+groups does not ask which GPU, or when: the second command is that run for W = 1, 2, 4 or 8 GPUs,
+with the same images, views and groups. Each GPU takes its share of a step's 512 images 64 at a
+time, in rounds, and their gradients are averaged.
 
 The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 63.4, 66.8
 and 64.9 % (seeds 0 to 2) in 1.7 minutes on 2 CPU cores; random weights give 15 to 19 %, raw pixels
@@ -70,10 +70,10 @@ def coding_rate(z, eps_sq):
     """Coding rate R = ½ logdet(I + d / (n ε²) ZᵀZ) of n unit rows, in nats: paper, eq. (8).
 
     z: (..., n, d); eps_sq: ε² > 0. Returns (...). It is ½ Σ log(1 + d λ / (n ε²)) over the
-    eigenvalues λ of ZᵀZ, whose sum is n: the log-volume that the rows fill, counted in balls of
-    radius ε. Smallest, ½ log(1 + d / ε²), when all rows are alike, the collapse: one λ is n.
-    Largest when they are spread evenly: (n/2) log(1 + d / (n ε²)) for n <= d orthogonal rows.
-    For d = 256, n = 64, ε² = 0.4: 3.2 and 76.7. A direction with λ below n ε² / d hardly counts:
+    eigenvalues λ of ZᵀZ, whose sum is n for unit rows: the log-volume that they fill, counted in
+    balls of radius ε. Smallest, ½ log(1 + d / ε²), when all are alike, the collapse: one λ is n.
+    Largest when they are spread evenly: (n/2) log(1 + d / (n ε²)) for n <= d orthogonal rows, else
+    (d/2) log(1 + 1 / ε²). For d = 256, n = 64, ε² = 0.4: 3.2 and 76.7. A direction with λ below n ε² / d hardly counts:
     a larger ε asks for fewer directions, each of which has to be used more.
     """
     n, d = z.shape[-2:]
@@ -93,12 +93,12 @@ class SimDINOLoss(torch.nn.Module):
     from the batch of all processes (None: the whole batch is one group). A row of Z is what an
     image has for that view: the student's (expa_type 0), or (student + teacher) / 2 (1, the official
     default), which is shorter than 1 where the two disagree. expa ("expansion") = γ R.
-    group_size 64, eps_sq 0.4: on 8 GPUs of 64 images, the official code sums over each GPU's own 64
-    rows but divides by the 512 of all. In the formula that is a group of 64 with ε² = 8 * 0.05, for
-    its --eps 0.05. That the published models used just these is why they are the defaults.
-    gamma: weight of R; None for (d + n) / (d n) = 1/n + 1/d, the authors' heuristic, with n the
-    images of the batch: for d = 256, 0.0059 at 512 images, 0.0195 at 64. Smaller batches weigh R
-    more. Whoever accumulates gradients over rounds gives gamma, for n of all rounds.
+    group_size 64, eps_sq 0.4: what the published models ran on. On 8 GPUs of 64 images the official
+    code sums over each GPU's own 64 rows but divides by the 512 of all. In the formula that is a
+    group of 64 with ε² = 8 * 0.05, for its --eps 0.05.
+    gamma: weight of R; None for (d + b) / (d b) = 1/b + 1/d, the authors' heuristic, with b the
+    images of the whole batch: for d = 256, 0.0059 at 512, 0.0195 at 64. Smaller batches weigh R
+    more. With gradients accumulated over rounds, give gamma: None knows the images of a round only.
     """
 
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
@@ -1011,7 +1011,7 @@ def open_images(args, root):
     if total < WORLD:
         stop(f"{train[0]} has {total} images ({', '.join(EXTENSIONS)})")
     if total < args.batch_size:
-        fit = total // block * block or min(total, args.group_size) // WORLD * WORLD
+        fit = total // block * block or max(min(total, args.group_size) // WORLD, 1) * WORLD
         stop(f"{train[0]} has {total} images, fewer than a step: try --batch_size {fit}")
     sizes = args.global_crops_size, args.local_crops_size
     scales = args.global_crops_scale, args.local_crops_scale

@@ -1213,14 +1213,14 @@ def main():
         entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         log.append(entry)
         figures = figures if done % per_epoch else []
-        if args.saveckp_freq and not figures and epoch % args.saveckp_freq == 0:
-            store(f"checkpoint{epoch:04}.pth")
         store()
         saved = time.monotonic()
         BUSY.clear()
         if number := max(meet(max(SIGNALS, default=0))):
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
             raise SystemExit(128 + number)
+        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+            store(f"checkpoint{epoch:04}.pth")
         if rank < 2 and epoch > 0:
             flat = views[0].float().std((1, 2, 3)).median() < 2
             cure = "try a smaller --eps_sq, a larger --gamma or a lower --lr"

@@ -1939,14 +1939,14 @@ def test_long_epochs_are_saved_every_quarter_of_an_hour(monkeypatch, script, pic
     flags = [*TINY, "--data_path", pictures, "--output_dir", tmp_path, "--batch_size_per_gpu", 1]
     train(monkeypatch, *flags, "--batch_size", 1, "--epochs", 2, "--eval_freq", 0, script=script)
     first_epoch = saves.index("checkpoint0000.pth")
-    assert saves[:first_epoch].count("checkpoint.pth") == 0, "30 steps are 3 looks: no save is due"
+    assert saves[:first_epoch].count("checkpoint.pth") == 1, "30 steps are 3 looks: no save is due"
 
     clock[0], saves[:] = 0.0, []
     fake.monotonic = lambda: clock.__setitem__(0, clock[0] + 1000) or clock[0]
     flags[flags.index("--output_dir") + 1] = tmp_path / "slow"
     train(monkeypatch, *flags, "--batch_size", 1, "--epochs", 2, "--eval_freq", 0, script=script)
     first_epoch = saves.index("checkpoint0000.pth")
-    assert saves[:first_epoch].count("checkpoint.pth") >= 2
+    assert saves[:first_epoch].count("checkpoint.pth") >= 3
 
 
 def launch(script, *flags, world=1, launcher=False, stdout=subprocess.PIPE, sabotage="", **env):

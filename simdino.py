@@ -1045,6 +1045,9 @@ def prepare(model, compiled):
             block.compile(dynamic=False)
         for name in "adjust_hue", "blend", "grayscale", "normalize":
             globals()[name] = torch.compile(globals()[name])
+    if model.device.type == "cpu":  # there, the fused attention's backward pass is slow in bf16
+        torch.backends.cuda.enable_flash_sdp(model.dtype == torch.float32)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if WORLD > 1:
         ids = [model.device.index] if model.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel

@@ -1474,6 +1474,39 @@ def test_what_is_compiled_is_one_graph_a_shape_and_never_runs_uncompiled(
     assert all(re.match(r"(backbone|head)\.(?!.*_orig_mod)", name) for name in names)
 
 
+def test_two_processes_compile_what_one_does(script, pictures, tmp_path):
+    count = """
+import atexit, collections, torch
+graphs, calls, compile_any = collections.Counter(), collections.Counter(), torch.compile
+def counting(function, **options):
+    name = "blocks" if function.__name__ == "_call_impl" else "colours"
+    return compile_any(function, backend=backends[name], **options)
+def backend(name):
+    def compiled(graph, inputs):
+        graphs[name] += 1
+        return lambda *x: calls.update([name]) or graph(*x)
+    return compiled
+backends = {name: backend(name) for name in ("blocks", "colours")}
+torch.compile = counting
+atexit.register(lambda: print("counted", RANK, graphs["blocks"], calls["blocks"]))
+"""
+    flags = [
+        *TINY,
+        "--data_path",
+        pictures,
+        "--output_dir",
+        tmp_path,
+        "--compile",
+        "--batch_size",
+        8,
+    ]
+    flags += ["--group_size", 4, "--drop_path_rate", 0.3, "--max_steps", 4]
+    statuses, outputs = ends(launch(script, *flags, world=2, sabotage=count), 300)
+    assert statuses == [0, 0], outputs
+    for rank in range(2):  # 5 graphs; 4 steps of 3 passes and k-NN's 2, through 4 blocks
+        assert f"counted {rank} 5 {4 * (4 * 3 + 2)}" in outputs[rank]
+
+
 # ----------------------------------------------------------------------------- when things go wrong
 
 

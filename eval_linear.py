@@ -151,58 +151,6 @@ class VisionTransformer(nn.Module):
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
 
-# -------------------------------------------------------------------------------------- the weights
-
-WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
-HEADS = {"head", "dino_head", "ibot_head", "mask_token"}  # used in training; timm's classifier
-# Beside tensors, official checkpoints hold their arguments and NumPy's learning rates.
-SCALAR = np.float64(0).__reduce__()[0]  # its unpickler, of one name in NumPy 1, another in NumPy 2
-SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-SAFE += [argparse.Namespace, np.dtype, type(np.dtype("float64"))]
-
-
-def load_backbone(path, key="teacher", num_heads=None):
-    """The VisionTransformer whose weights are in path, or under key there; what was left out.
-
-    num_heads: by default width / 64, as in every standard ViT up to large, or else width / 32.
-    """
-    reading = or_stop(f"--weights {path} is missing, damaged, no checkpoint or has code inside")
-    with reading, torch.serialization.safe_globals(SAFE):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    weights = state.get(key, state) if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        names = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        stop(f"no weights under {key} in {path}: choose --checkpoint_key from what it has, {names}")
-
-    tensors, left_out = {}, set()
-    for name, tensor in weights.items():
-        parts = [part for part in str(name).split(".") if part not in WRAPPERS]
-        if parts[0] in HEADS:
-            left_out.add(parts[0])
-            continue
-        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", ".".join(parts))  # chunks of FSDP
-        tensors["register_tokens" if name == "reg_token" else name] = tensor
-    with or_stop(f"{path} holds no vision transformer: no patch_embed.proj.weight and pos_embed"):
-        width, _, _, patch_size = tensors["patch_embed.proj.weight"].shape
-        positions = tensors["pos_embed"].shape[1]
-        registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else None
-    side = math.isqrt(positions)
-    if side**2 == positions:  # timm, with registers: CLS has no position
-        tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    num_heads = num_heads or width // (32 if width % 64 else 64)
-    if not num_heads or width % num_heads:
-        stop(f"--num_heads {num_heads} does not divide the width of {path}, {width}")
-    layerscale = "blocks.0.ls1.gamma" in tensors
-    model = VisionTransformer(side, patch_size, width, depth, num_heads, registers, layerscale)
-
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:  # lists the keys that miss, are left over or of another shape
-        stop(f"{path} is not such a vision transformer: {' '.join(str(error).split())}")
-    return model.eval().requires_grad_(False), sorted(left_out)
-
-
 SCRIPT = Path(__file__)
 RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
@@ -445,6 +393,117 @@ def find_data(root):
     return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
 
 
+# ------------------------------------------------------------------------------- weights from a file
+
+WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
+HEADS = {"head", "dino_head", "ibot_head"}  # used in training; timm's classifier
+# Beside tensors, official checkpoints hold their arguments and NumPy's learning rates.
+SCALAR = np.float64(0).__reduce__()[0]  # its unpickler, of one name in NumPy 1, another in NumPy 2
+SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+SAFE += [argparse.Namespace, np.dtype, type(np.dtype("float64"))]
+
+
+def read_safetensors(path):
+    """Tensors by name: 8 bytes with the length of a JSON header, the header, the numbers."""
+    data = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = {}
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            x = data[start + begin : start + end]
+            tensors[name] = torch.frombuffer(x, dtype=types[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+def read_weights(path, key="teacher"):
+    """-> tensors of the backbone and of the head's mlp in path, by the names used here; the rest.
+
+    path: a checkpoint, which has them under key or "model", or the tensors alone, of simdino.py,
+    simdinov2.py, the official SimDINO(v2), DINO, DINOv2, timm; .pth or .safetensors.
+    """
+    reading = or_stop(f"the weights {path} are missing, damaged, no checkpoint or have code inside")
+    with reading, torch.serialization.safe_globals(SAFE):
+        if str(path).endswith(".safetensors"):
+            state = read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    weights = state
+    if isinstance(state, dict):
+        weights = state.get(key, state.get("model", state))
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        names = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        stop(f"no weights under {key} in {path}; what it has: {names}")
+
+    tensors, mlp, left_out = {}, {}, set()
+    for name, tensor in weights.items():
+        parts = [part for part in str(name).split(".") if part not in WRAPPERS]
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", ".".join(parts))  # chunks of FSDP
+        if re.match(r"(dino_)?head\.mlp\.", name):
+            mlp[name.partition(".")[2]] = tensor
+        elif parts[0] in HEADS:
+            left_out.add(".".join(parts[:2]))
+        else:
+            tensors["register_tokens" if name == "reg_token" else name] = tensor
+    if not {"patch_embed.proj.weight", "pos_embed"} <= tensors.keys():
+        stop(f"{path} holds no vision transformer: no patch_embed.proj.weight and pos_embed")
+    if math.isqrt(tensors["pos_embed"].shape[1]) ** 2 == tensors["pos_embed"].shape[1]:
+        tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))  # timm: none for CLS
+    return tensors, mlp, left_out
+
+
+HEADS_OF = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16}  # width: heads, of the standard ViTs
+
+
+def load_backbone(path, key="teacher", num_heads=None):
+    """The VisionTransformer whose weights are in path, or under key there; what was left out.
+
+    num_heads cannot be read off the tensors: by default that of the standard ViT of this width.
+    """
+    tensors, mlp, left_out = read_weights(path, key)
+    left_out |= {"head.mlp"} if mlp else set()
+    if tensors.pop("mask_token", None) is not None:
+        left_out.add("mask_token")
+    width, _, _, patch_size = tensors["patch_embed.proj.weight"].shape
+    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else None
+    side = math.isqrt(tensors["pos_embed"].shape[1])
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    num_heads = num_heads or HEADS_OF.get(width)
+    if not num_heads:
+        stop(f"{path} is {width} wide, and does not say of how many heads: give --num_heads")
+    if width % num_heads:
+        stop(f"--num_heads {num_heads} does not divide the width of {path}, {width}")
+    layerscale = "blocks.0.ls1.gamma" in tensors
+    model = VisionTransformer(side, patch_size, width, depth, num_heads, registers, layerscale)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # lists the keys that miss, are left over or of another shape
+        stop(f"{path} is not such a vision transformer: {' '.join(str(error).split())}")
+    return model.eval().requires_grad_(False), sorted(left_out)
+
+
+def export(model, path):
+    """Write the weights as timm names them; -> the code that loads them there."""
+    state, width = model.state_dict(), model.norm.weight.numel()
+    depth, num_heads = len(model.blocks), model.blocks[0].attn.num_heads
+    shape = f"img_size={model.side * model.patch_size}, patch_size={model.patch_size}, "
+    shape += f"embed_dim={width}, depth={depth}, num_heads={num_heads}, num_classes=0"
+    if "blocks.0.ls1.gamma" in state:
+        shape += ", init_values=1"
+    if "register_tokens" in state:  # timm gives no position to CLS: ours is added to it
+        state["reg_token"] = state.pop("register_tokens")
+        first, state["pos_embed"] = state["pos_embed"].tensor_split([1], dim=1)
+        state["cls_token"] = state["cls_token"] + first
+        shape += f", reg_tokens={model.first_patch - 1}, no_embed_class=True"
+    state = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    write(path, partial(torch.save, state))
+    return (
+        f"model = timm.models.VisionTransformer({shape}); "
+        f'model.load_state_dict(torch.load("{path}", weights_only=True), strict=True)'
+    )
+
+
 # ---------------------------------------------------------------------------- features, k-NN, probe
 
 BLOCKS = 4
@@ -471,20 +530,24 @@ def encode(model, x):
     return torch.cat([*(tokens[:, 0] for tokens in layers), patches], dim=-1).float()
 
 
-def extract(embed, images, loader, dim, dtype, device):
-    """Features (n, dim), labels (n,) of all images on every process; label -1: cannot be read."""
+def extract(embed, images, loader, columns, dtype, device):
+    """Columns of the features, (n, D), and labels (n,) of all images on every process.
+
+    Label -1: cannot be read.
+    """
     n, share = len(images), math.ceil(len(images) / WORLD)
     done = RANK * share
     indices = [i % n for i in range(done, done + share)]  # the surplus is cut below
-    features = torch.empty(WORLD * share, dim, dtype=dtype, device=device)
+    features = torch.empty(WORLD * share, len(columns), dtype=dtype, device=device)
     labels = torch.empty(WORLD * share, dtype=torch.long, device=device)
     clock, unread = time.perf_counter(), []
     with together(), or_stop(f"cannot load images {MEMORY}"):
-        for x, label, problems in loader(images, 128, sampler=indices):
+        for x, label, problems in loader(images, batch_size=128, sampler=indices):
             bad = torch.tensor([problem > "" for problem in problems])
             unread += filter(None, problems)
             rows = slice(done, done + len(x))
-            features[rows], labels[rows] = embed(x), label.masked_fill(bad, -1).to(device)
+            features[rows] = embed(x)[:, columns.start : columns.stop]
+            labels[rows] = label.masked_fill(bad, -1).to(device)
             done += len(x)
             say("features of image " + eta(clock, done - RANK * share, share), end="")
     if WORLD > 1:
@@ -505,21 +568,31 @@ def extract(embed, images, loader, dim, dtype, device):
 def knn_accuracies(train, val, neighbours=(10, 20, 100, 200), temperature=0.07):
     """Top-1 accuracy on val in per cent, for each number of neighbours in train.
 
-    They vote with exp(cosine / temperature). train, val: unit features (n, D), labels (n,), the
-    same on every rank; a rank judges its share of val, a few at a time.
+    They vote with exp(cosine / temperature). train, val: features (n, D), labels (n,), -1 for none,
+    the same on every rank; a rank judges its share of val. Takes the rows of train in parts, so
+    that features in half precision are never all copied to another type.
     """
-    bank, labels = train
-    hits = torch.zeros(len(neighbours), device=bank.device)
-    for z, y in zip(*(column[RANK::WORLD].split(256) for column in val)):
-        cosine, nearest = (z @ bank.mT).topk(min(max(neighbours), len(bank)))
-        weight, label = (cosine / temperature).exp(), labels[nearest]
-        for i, k in enumerate(neighbours):
-            votes = torch.zeros(len(z), int(labels.max()) + 1, device=z.device)
-            votes.scatter_add_(1, label[:, :k], weight[:, :k])
-            hits[i] += (votes.argmax(1) == y).sum()
+    labels, keep = train[1], val[1] >= 0
+    z, y = F.normalize(val[0][keep][RANK::WORLD].float(), dim=-1), val[1][keep][RANK::WORLD]
+    k = min(max(neighbours), int((labels >= 0).sum()))
+    nearest = torch.full((len(z), k), -math.inf, device=z.device)  # cosines
+    label = torch.zeros(len(z), k, dtype=torch.long, device=z.device)
+    for bank, of in zip(*(column.split(2**16) for column in train)):
+        bank = F.normalize(bank.float(), dim=-1)
+        for part in torch.arange(len(z)).split(256):
+            here = slice(int(part[0]), int(part[-1]) + 1)
+            cosine = (z[here] @ bank.mT).masked_fill_(of < 0, -math.inf)
+            nearest[here], at = torch.cat([nearest[here], cosine], dim=1).topk(k)
+            label[here] = torch.cat([label[here], of.expand(len(part), -1)], dim=1).gather(1, at)
+    hits = torch.zeros(len(neighbours), device=z.device)
+    weight = (nearest / temperature).exp()
+    for i, k in enumerate(neighbours):
+        for w, of, true in zip(weight[:, :k].split(256), label[:, :k].split(256), y.split(256)):
+            votes = torch.zeros(len(w), int(labels.max()) + 1, device=z.device)
+            hits[i] += (votes.scatter_add_(1, of, w).argmax(1) == true).sum()
     if WORLD > 1:
         dist.all_reduce(hits)
-    return dict(zip(neighbours, (100 * hits / len(val[1])).tolist()))
+    return dict(zip(neighbours, (100 * hits / int(keep.sum())).tolist()))
 
 
 class Probe(nn.Module):
@@ -539,6 +612,11 @@ class Probe(nn.Module):
         scores = [head(z[:, rows].flatten(1)) for head, rows in zip(self.heads, KINDS.values())]
         return torch.cat([s.unflatten(1, (len(RATES), -1)) for s in scores], dim=1)
 
+    def losses(self, z, y):
+        scores = self(z).mT  # (B, classes, candidates)
+        y = y[:, None].expand(-1, scores.shape[-1])
+        return F.cross_entropy(scores, y, reduction="none").mean(0)
+
 
 @torch.no_grad()
 def probe_accuracies(probe, features, labels):
@@ -551,14 +629,250 @@ def probe_accuracies(probe, features, labels):
     return (100 * hits / len(labels)).tolist()
 
 
-def batches(n, args, start, end, rank=RANK):
-    """Yield for each step the keys, epoch * n + image, of rank's block of the global batch."""
-    for step in range(start, end):
-        epoch, i = divmod(step, n // args.global_batch)
-        if i == 0 or step == start:
-            order = epoch * n + np.random.default_rng((args.seed, epoch)).permutation(n)
-        first = i * args.global_batch + rank * args.batch_size_per_gpu
-        yield order[first : first + args.batch_size_per_gpu].tolist()
+def fit(probe, rates, batches, n, args, run, state):
+    """Train all candidates of the probe side by side, by SGD, for --epochs of n images.
+
+    batches(keys): features and labels of each step, probe.losses of which gives (candidates,).
+    Saved to probe.pth every --saveckp_freq epochs; goes on from state, if there is one.
+    """
+    path, device = Path(args.output_dir) / "probe.pth", next(probe.parameters()).device
+    rates = torch.tensor(rates, device=device)
+    optimizer = torch.optim.SGD(probe.parameters(), lr=1.0, momentum=0.9)
+    per_epoch = n // args.batch_size
+    done, total = 0, args.epochs * per_epoch
+    if state:
+        probe.load_state_dict(state["probe"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+        say(f"resumed {path} at step {done}")
+    lr = cosine_schedule(args.batch_size / 256, 0.0, total)
+    clock, start = time.perf_counter(), done
+    BUSY.append("the probe")
+    for z, y in batches(block_keys(n, args, done, total)):
+        losses = probe.losses(z, y)
+        optimizer.zero_grad()
+        # SGD on a loss times its rate is SGD at that rate: one optimizer for all candidates.
+        ((losses * rates).sum() / WORLD).backward()
+        if WORLD > 1:
+            for p in probe.parameters():
+                dist.all_reduce(p.grad)
+        optimizer.param_groups[0]["lr"] = float(lr[done])
+        optimizer.step()
+        done += 1
+        epoch, i = divmod(done, per_epoch)
+        if i and done % 10 and not (SIGNALS and WORLD == 1):
+            continue
+        number, left = max(meet(max(SIGNALS, default=0))), eta(clock, done - start, total - start)
+        if number or (not i and (epoch % args.saveckp_freq == 0 or epoch == args.epochs)):
+            with together():
+                if RANK == 0:
+                    state = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
+                    write(path, partial(torch.save, state | {"step": done, "run": run}))
+        if number:
+            say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
+            raise SystemExit(128 + number)
+        if i:
+            say(f"step {left}", end="")
+        else:
+            lowest = losses.detach().nan_to_num(math.inf).min().item()
+            say(f"epoch {epoch}/{args.epochs}: lowest loss {lowest:.3f}, step {left}")
+    BUSY.clear()
+
+
+# --------------------------------------------------------------------------------- the segmentation
+
+PATCH_RATES = (0.3, 1.0, 3.0, 10.0, 30.0)  # for 256 images
+
+
+def load_mask(path, ignore):
+    """A grayscale or palette image, a class a pixel -> int64 (H, W), -1 where it is ignore."""
+    with Image.open(os.fsdecode(path)) as image:
+        mask = torch.from_numpy(np.array(image)).long()
+    if mask.ndim != 2:
+        raise ValueError(f"{os.fsdecode(path)} has colours, not a class a pixel")
+    return mask.masked_fill(mask == ignore, -1)
+
+
+@torch.no_grad()
+def encode_patches(model, x):
+    """uint8 (B, 3, H, W) -> (B, h, w, D): patch tokens of the last block."""
+    x = normalize(x.to(model.pos_embed.device, non_blocking=True) / 255)
+    grid = [side // model.patch_size for side in x.shape[2:]]
+    return model.get_intermediate_layers(x)[0][:, model.first_patch :].unflatten(1, grid).float()
+
+
+class Scenes(Images):
+    """scenes[key] -> image (3, H, W), its mask (H, W), problem; labels: names of the masks.
+
+    flip: mirror half of them, as in training. The mask of an image that cannot be read is void.
+    """
+
+    def __init__(self, root, names, masks, size, ignore, flip, seed):
+        resize = transforms.Resize(size, InterpolationMode.BICUBIC)
+        super().__init__(root, names, masks, resize, seed)
+        self.ignore, self.flip = ignore, flip
+
+    def __getitem__(self, key):
+        image, path, problem = super().__getitem__(key)
+        mask = load_mask(path, self.ignore)[None, None].float()
+        mask = F.interpolate(mask, image.shape[1:], mode="nearest-exact")[0, 0].long()
+        if self.flip and torch.rand(()) < 0.5:
+            image, mask = image.flip(-1), mask.flip(-1)
+        return image, mask.fill_(-1) if problem else mask, problem
+
+
+def find_scenes(root, split):
+    """Names of the images below root/split, and the paths of their masks below root/split_masks."""
+    with or_stop(f"cannot list {root / split}"):
+        names = find_images(root / split)
+    folder = os.fsencode(f"{root / split}_masks")
+    masks = [os.path.join(folder, os.path.splitext(name)[0] + b".png") for name in names]
+    missing = [os.fsdecode(mask) for mask in masks if not os.path.exists(mask)]
+    if missing or not names:
+        stop(f"{root / split}: {len(names)} images, {len(missing)} without a mask {missing[:1]}")
+    return names, masks
+
+
+class PatchProbe(nn.Module):
+    """All candidates side by side: batch normalisation and a linear classifier of patch tokens."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.register_buffer("moments", torch.stack([torch.zeros(width), torch.ones(width)]))
+        self.head = nn.Linear(width, len(PATCH_RATES) * classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, z, size):  # (B, h, w, D) -> (B, candidates, classes, *size)
+        moments = self.moments
+        if self.training:  # those of the tokens of all processes
+            moments = torch.stack([z.mean((0, 1, 2)), z.square().mean((0, 1, 2))]) / WORLD
+            if WORLD > 1:
+                dist.all_reduce(moments)
+            self.moments.lerp_(moments, 0.1)
+        mean, square = moments
+        z = (z - mean) / (square - mean**2 + 1e-5).sqrt()
+        scores = F.interpolate(self.head(z).movedim(-1, 1), size, mode="bilinear")
+        return scores.unflatten(1, (len(PATCH_RATES), -1))
+
+    def losses(self, z, y):  # y (B, H, W), -1: void
+        scores = self(z, y.shape[1:]).transpose(1, 2)  # (B, classes, candidates, H, W)
+        y = y[:, None].expand(-1, len(PATCH_RATES), -1, -1)
+        return F.cross_entropy(scores, y, reduction="none", ignore_index=-1).mean((0, 2, 3))
+
+
+@torch.no_grad()
+def confusions(probe, source, classes):
+    """(candidates, classes, classes): how many pixels of each class were given which."""
+    counts = torch.zeros(
+        len(PATCH_RATES), classes**2, dtype=torch.long, device=probe.moments.device
+    )
+    for z, y in source:
+        for count, given in zip(counts, probe(z, y.shape[1:]).argmax(2).unbind(1)):
+            count += torch.bincount((classes * y + given)[y >= 0], minlength=classes**2)
+    if WORLD > 1:
+        dist.all_reduce(counts)
+    return counts.unflatten(1, (classes, classes)).double()
+
+
+def segmentation_scores(counts):
+    """Of one confusion matrix, %: mIoU over the classes that occur, pixel accuracy, IoU of each."""
+    hits = counts.diagonal()
+    iou = 100 * hits / (counts.sum(0) + counts.sum(1) - hits)  # NaN: neither there nor given
+    text = [None if math.isnan(value) else value for value in iou.tolist()]
+    accuracy = 100 * hits.sum() / counts.sum()
+    return {"miou": iou.nanmean().item(), "pixel_accuracy": accuracy.item(), "iou": text}
+
+
+def segment(args, model, embed, device):
+    """--segment: the linear probe of patch tokens. -> what results.json says of it."""
+    root, patch = Path(args.data_path), model.patch_size
+    held_out = "val" if (root / "val").is_dir() else "test"
+    with together():
+        (names, masks), val = find_scenes(root, "train"), find_scenes(root, held_out)
+        with or_stop("cannot segment"):
+            size = args.segment or load_image(root / "train" / os.fsdecode(names[0])).shape[1:]
+            size = [side // patch * patch for side in size]
+            classes = 1 + max(int(load_mask(mask, args.ignore_index).max()) for mask in masks)
+            if max(int(load_mask(mask, args.ignore_index).max()) for mask in val[1]) >= classes:
+                raise ValueError(f"{val[1][0]}: classes above {classes - 1}, the last of train/")
+        if args.segment and size != args.segment:
+            stop(f"--segment {args.segment} is not made of multiples of the patch, {patch}")
+        if classes < 2 or min(size) == 0:
+            stop(f"nothing to judge: {classes} classes in {root}/train_masks, images of {size}")
+        order = np.random.default_rng(args.seed).permutation(len(names))
+        held, part = np.split(order, [max(1, len(names) // 10)])
+        if len(part) < args.batch_size:
+            stop(f"{len(part)} images are fewer than a step of {args.batch_size}")
+        names, masks = np.array(names), np.array(masks)
+        scenes = partial(Scenes, size=size, ignore=args.ignore_index, seed=args.seed)
+        train = scenes(root / "train", names[part], masks[part], flip=True)
+        judged = [scenes(root / "train", names[held], masks[held], flip=False)]
+        judged.append(scenes(root / held_out, *val, flip=False))
+        run, state = open_run(args, [train, *judged])
+    meet_or_stop(args, run, state)
+    say(f"{len(names)} training images of {size}, {len(val[0])} to judge by, {classes} classes")
+
+    @torch.no_grad()
+    def tokens(loader):
+        for x, y, _ in loader:
+            yield embed(x), y.to(device, non_blocking=True)
+
+    loader = partial(make_loader, args, device)
+    torch.manual_seed(seed_from(args.seed))
+    probe = PatchProbe(model.norm.weight.numel(), classes).to(device)
+    fit(
+        probe,
+        PATCH_RATES,
+        lambda keys: tokens(loader(train, batch_sampler=keys)),
+        len(part),
+        args,
+        run,
+        state,
+    )
+    probe.eval()
+    counts = []
+    for some in judged:
+        own = range(RANK, len(some), WORLD)
+        source = tokens(loader(some, batch_size=args.batch_size_per_gpu, sampler=own))
+        counts.append(confusions(probe, source, classes))
+    scores = [segmentation_scores(count) for count in counts[0]]
+    best = max(range(len(scores)), key=lambda i: scores[i]["miou"])
+    result = segmentation_scores(counts[1][best])
+    for rate, score in zip(PATCH_RATES, scores):
+        say(
+            f"lr {rate:g}: mIoU {score['miou']:.2f} on {len(held)} images held out of the training ones"
+        )
+    say(
+        f"lr {PATCH_RATES[best]:g} on {held_out}/: mIoU {result['miou']:.2f}, pixels {result['pixel_accuracy']:.2f} %"
+    )
+    say("IoU of each class: " + " ".join("-" if x is None else f"{x:.1f}" for x in result["iou"]))
+    if RANK == 0:
+        draw_scenes(judged[1], probe, tokens, best, Path(args.output_dir) / "segmentation.png")
+    held_scores = {f"{rate:g}": score["miou"] for rate, score in zip(PATCH_RATES, scores)}
+    return run, {
+        "segmentation": {"held_out_miou": held_scores, "best_lr": PATCH_RATES[best], **result}
+    }
+
+
+def draw_scenes(scenes, probe, tokens, best, out, rows=4):
+    """A picture with a row for each of some scenes: image, what the probe says, mask."""
+    columns = []
+    for i in np.linspace(0, len(scenes) - 1, min(rows, len(scenes))).astype(int).tolist():
+        image, mask, _ = scenes[i]
+        with torch.no_grad():
+            given = probe(next(tokens([(image[None], mask[None], "")]))[0], mask.shape)[
+                0, best
+            ].argmax(0)
+        hue = np.arange(256) * 0.618034 % 1  # far apart for neighbours
+        palette = [
+            Image.new("HSV", (1, 1), (int(255 * h), 200, 230)).convert("RGB").getpixel((0, 0))
+            for h in hue
+        ]
+        palette[255] = (0, 0, 0)
+        maps = [np.array(palette, dtype=np.uint8)[x.cpu().numpy() % 256] for x in (given, mask)]
+        columns.append(np.concatenate([image.permute(1, 2, 0).numpy(), *maps], axis=1))
+    Image.fromarray(np.concatenate(columns)).save(out)
 
 
 # ------------------------------------------------------------------------------------- the pictures
@@ -612,7 +926,8 @@ OPTIONS = {  # flag: (default, range, help)
     "--resize_size": (256, (1, INF), "shorter side of an image before its centre is cut, pixels"),
     "--crop_size": (224, (1, INF), "side of what the model sees, pixels"),
     "--epochs": (100, (0, INF), "passes of the probe over the training images; 0: k-NN alone"),
-    "--batch_size_per_gpu": (128, (1, INF), "images a step in each process"),
+    "--batch_size_per_gpu": (0, (0, INF), "images a step in each process; 0: 128, --segment: 8"),
+    "--ignore_index": (255, (0, INF), "what a mask says where there is no class"),
     "--amp": ("auto", AMP, "auto: bf16 or else fp16 on GPUs; off: float32 without TF32"),
     "--num_workers": (min(10, os.cpu_count()), (0, INF), "data loading processes of a process"),
     "--saveckp_freq": (5, (1, INF), "save the probe, to be resumed, every so many epochs"),
@@ -626,10 +941,20 @@ def parse_args(argv=None):
     parser.add_argument("--weights", required=True, metavar="FILE", help="what to judge")
     parser.add_argument("--data_path", help="holds train/ and val/ or test/, of class folders")
     parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
-    parser.add_argument("--num_heads", type=int, help="default: width / 64, or else width / 32")
+    text = "of the model; by default as standard ViTs of its width have"
+    parser.add_argument("--num_heads", type=int, help=text)
     text = "train the probe on the features of one central crop an image"
     parser.add_argument("--cached", action="store_true", help=text)
     text = "draw attention and features of IMG (default: of 8 validation images) and end"
+    text = (
+        "linear probe of patch tokens; images are resized to H W, multiples of the patch (default: "
+    )
+    text += (
+        "the first one's). Masks of the same names, PNG, a class a pixel: train_masks/, val_masks/"
+    )
+    parser.add_argument("--segment", nargs="*", type=int, metavar=("H", "W"), help=text)
+    text = "write the backbone as timm loads it, with strict=True, and end"
+    parser.add_argument("--export", metavar="OUT.pth", help=text)
     parser.add_argument("--pictures", nargs="+", metavar=("OUT.png", "IMG"), help=text)
     for flag, (default, allowed, text) in OPTIONS.items():
         choices = AMP if allowed is AMP else None
@@ -641,8 +966,11 @@ def parse_args(argv=None):
             refuse(f"{flag} {value} is not in the range from {allowed[0]:g} to {allowed[1]:g}")
     if args.resize_size < args.crop_size:
         refuse(f"--resize_size {args.resize_size} is smaller than --crop_size {args.crop_size}")
-    if not args.data_path and len(args.pictures or []) < 2:
+    if not args.data_path and not args.export and len(args.pictures or []) < 2:
         refuse("--data_path is needed: a folder that holds train/ and val/ or test/")
+    if args.segment is not None and (len(args.segment) not in (0, 2) or not args.epochs):
+        refuse("--segment takes no number or two, H and W, and at least one of --epochs")
+    args.batch_size_per_gpu = args.batch_size_per_gpu or (128 if args.segment is None else 8)
     args.batch_size = args.batch_size_per_gpu * WORLD
     return args
 
@@ -707,6 +1035,10 @@ def write(path, dump):
         raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({why})") from error
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def same_run(old, new):
     """ValueError that names what differs where new is not as in old."""
     differ = [f"its {k} is {old.get(k)}, not {v}" for k, v in new.items() if old.get(k) != v]
@@ -714,175 +1046,163 @@ def same_run(old, new):
         raise ValueError(f"it is of another run: {'; '.join(differ)}")
 
 
+FREE = "weights data_path output_dir pictures export batch_size_per_gpu num_workers saveckp_freq"
+
+
+def open_run(args, splits):
+    """Lock the output folder; -> what the run is; the state of its probe to go on from, or {}."""
+    output = Path(args.output_dir)
+    path, results_path = output / "probe.pth", output / "results.json"
+    if RANK == 0:
+        claim(output)
+    for split in splits:
+        split[0]  # ends here if no image can be read
+    run = {name: value for name, value in vars(args).items() if name not in FREE.split()}
+    run["weights_sha256"] = digest(Path(args.weights).read_bytes())
+    run |= {"images": [len(split) for split in splits]}
+    run["image_lists"] = [digest(b"\0".join(split.names)) for split in splits]
+    with or_stop(f"cannot use {results_path}: choose another --output_dir"):
+        if results_path.exists():
+            same_run(json.loads(results_path.read_text())["run"], run)
+    state = {}
+    with or_stop(f"cannot resume {path}: move it away, or choose another --output_dir"):
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            same_run(state["run"], run)
+    return run, state
+
+
+def meet_or_stop(args, run, state):
+    if len(set(meet((*run["image_lists"], len(state))))) > 1:
+        folders = f"{args.data_path}, {args.output_dir}"
+        stop(f"the processes do not find the same files in {folders}", RANK == 0)
+
+
+def make_loader(args, device, images, **how):
+    workers = {"num_workers": args.num_workers, "worker_init_fn": ignore_signals}
+    return DataLoader(images, pin_memory=device.type == "cuda", **workers, **how)
+
+
+def classify(args, model, embed, centre, data, device, dtype):
+    """k-NN and the linear probe. -> what results.json says of them."""
+    width, blocks = model.norm.weight.numel(), min(BLOCKS, len(model.blocks))
+    with together():
+        train, val = data
+        labelled = [(name, label) for name, label in zip(*train[1:]) if label >= 0]
+        images = [Images(train[0], *zip(*labelled), centre), Images(*val, centre)]
+        n, classes = len(images[0]), max(train[2]) + 1
+        order = np.random.default_rng(args.seed).permutation(n)
+        count = max(1, min(n // 10, 10000))  # of images held out
+        if args.epochs and n - count < args.batch_size:
+            stop(f"{n} images, a tenth held out, are less than a step: lower --batch_size_per_gpu")
+        run, state = open_run(args, images)
+    meet_or_stop(args, run, state)
+
+    # Features: of all blocks only where the probe needs them
+    loader = partial(make_loader, args, device)
+    kept = torch.float32 if dtype == torch.float32 else torch.float16
+    take = partial(extract, embed, loader=loader, dtype=kept, device=device)
+    every, last = range((blocks + 1) * width), range((blocks - 1) * width, blocks * width)
+    say(f"{n} training images, {len(images[1])} to judge by, {classes} classes")
+    full = args.epochs and args.cached
+    features, labels = take(images=images[0], columns=every if full else last)
+    val_features, val_labels = take(images=images[1], columns=every if args.epochs else last)
+    bad = int((labels < 0).sum()) + int((val_labels < 0).sum())
+    cls = (x[:, -2 * width : -width] if x.shape[1] > width else x for x in (features, val_features))
+    knn = knn_accuracies(*zip(cls, (labels, val_labels)))
+    say("k-NN, top-1 %: " + ", ".join(f"k = {k}: {accuracy:.2f}" for k, accuracy in knn.items()))
+    results = {"knn": knn, "bad_images": bad}
+    if not args.epochs:
+        return run, results
+
+    # The probe
+    order = order[(labels >= 0).cpu().numpy()[order]]
+    held, part = np.split(order, [count])
+    names, of = images[0].names, images[0].labels
+    if args.cached:
+        held_features, held_labels = features[held], labels[held]
+
+        def batches(keys):
+            rows = (torch.from_numpy(part[np.array(k) % len(part)]).to(device) for k in keys)
+            return ((features[i].float(), labels[i]) for i in rows)
+    else:
+        del features
+        held_images = Images(train[0], names[held], of[held], centre)
+        held_features, held_labels = take(images=held_images, columns=every)
+        bicubic = InterpolationMode.BICUBIC
+        crop = transforms.RandomResizedCrop(args.crop_size, interpolation=bicubic)
+        crop = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
+
+        def batches(keys):
+            crops = Images(train[0], names[part], of[part], crop, args.seed)
+            crops = loader(crops, batch_sampler=keys)
+            return ((embed(x), y.to(device, non_blocking=True)) for x, y, _ in crops)
+
+    torch.manual_seed(seed_from(args.seed))
+    probe = Probe(width, blocks, classes).to(device)
+    fit(probe, RATES * len(KINDS), batches, len(part), args, run, state)
+    accuracies = probe_accuracies(probe, held_features, held_labels)
+    names = [f"{kind}, lr {rate:g}" for kind in KINDS for rate in RATES]
+    best = max(range(len(names)), key=lambda i: accuracies[i][0])
+    readable = val_labels >= 0
+    judged = probe_accuracies(probe, val_features[readable], val_labels[readable])
+    top1, top5 = judged[best]
+    say(f"top-1 / top-5, %, on {len(held)} images held out of the training ones")
+    say(f"{'lr':>8}" + "".join(f"{kind:>20}" for kind in KINDS))
+    for i, rate in enumerate(RATES):
+        cells = (f"{a:6.2f} / {b:6.2f}" for a, b in accuracies[i :: len(RATES)])
+        say(f"{rate:8g}" + "".join(f"{cell:>20}" for cell in cells))
+    say(f"the best, {names[best]}, on the validation images: {top1:.2f} / {top5:.2f}")
+    chosen = {"best": names[best], "val_top1": top1, "val_top5": top5}
+    results["probe"] = {"held_out": dict(zip(names, accuracies))} | chosen
+    return run, results
+
+
 def main():
     args, began = parse_args(), time.perf_counter()
     device = start_process()
-    cuda, dtype = device.type == "cuda", precision(args.amp, device)
-    bicubic = InterpolationMode.BICUBIC
-    resize = transforms.Resize(args.resize_size, bicubic)
+    dtype = precision(args.amp, device)
+    resize = transforms.Resize(args.resize_size, InterpolationMode.BICUBIC)
     centre = transforms.Compose([resize, transforms.CenterCrop(args.crop_size)])
-    output = Path(args.output_dir)
-    path, results_path = output / "probe.pth", output / "results.json"
+    output, data, segmenting = Path(args.output_dir), None, args.segment is not None
     with together():
         model, left_out = load_backbone(args.weights, args.checkpoint_key, args.num_heads)
-        if args.crop_size % model.patch_size:
+        if args.crop_size % model.patch_size and not segmenting and not args.export:
             stop(f"--crop_size {args.crop_size} is not a multiple of the patch, {model.patch_size}")
-        train, val, why = find_data(Path(args.data_path)) if args.data_path else (None, None, "")
-        if args.data_path and not val:
-            stop(f"nothing to judge: {why}")
+        if args.data_path and not segmenting:
+            *data, why = find_data(Path(args.data_path))
+            if not data[1]:
+                stop(f"nothing to judge: {why}")
     model.to(device)
-    width, depth = model.norm.weight.numel(), len(model.blocks)
-    text = f"{width} wide, {depth} blocks of {model.blocks[0].attn.num_heads} heads, "
-    text += f"patch {model.patch_size}, {model.first_patch - 1} registers"
+    text = f"{model.norm.weight.numel()} wide, {len(model.blocks)} blocks of "
+    text += f"{model.blocks[0].attn.num_heads} heads, patch {model.patch_size}, "
+    text += f"{model.first_patch - 1} registers"
     say(f"{args.weights}: {text}; left out: {', '.join(left_out) or 'nothing'}")
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    def embed(x):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return encode(model, x)
-
-    if args.pictures:
+    if args.export:
+        with together():
+            line = export(model, Path(args.export)) if RANK == 0 else ""
+        say(line)
+    elif args.pictures:
         out, *paths = args.pictures
+        if not paths:
+            names = data[1][1][:: math.ceil(len(data[1][1]) / 8)]
+            paths = [os.path.join(data[1][0], os.fsdecode(name)) for name in names]
         if RANK == 0:
-            if not paths:
-                names = val[1][:: math.ceil(len(val[1]) / 8)]
-                paths = [os.path.join(val[0], os.fsdecode(name)) for name in names]
             draw(model, paths, centre, Path(out))
             say(f"drawn: {out}")
-        return
-
-    # The data: images without a label are left out
-    with together():
-        folder, names, labels = train
-        labelled = [(name, label) for name, label in zip(names, labels) if label >= 0]
-        images = [Images(folder, *zip(*labelled), centre), Images(*val, centre)]
-        for split in images:
-            split[0]  # ends here if no image can be read
-        n, classes = len(images[0]), max(labels) + 1
-        order = np.random.default_rng(args.seed).permutation(n)
-        if args.epochs and n - max(1, min(n // 10, 10000)) < args.batch_size:
-            stop(f"{n} images, a tenth held out, are less than a step: lower --batch_size_per_gpu")
-        if RANK == 0:
-            claim(output)
-        names = "checkpoint_key num_heads resize_size crop_size epochs batch_size cached amp seed"
-        run = {name: getattr(args, name) for name in names.split()}
-        run["weights_sha256"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
-        lists = [hashlib.sha256(b"\0".join(split.names)).hexdigest() for split in images]
-        run |= {"images": [len(split) for split in images], "image_lists": lists}
-        with or_stop(f"cannot use {results_path}: choose another --output_dir"):
-            if results_path.exists():
-                same_run(json.loads(results_path.read_text())["run"], run)
-        state = {}
-        with or_stop(f"cannot resume {path}: move it away, or choose another --output_dir"):
-            if path.exists():
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                same_run(state["run"], run)
-    if len(set(meet((*lists, len(state))))) > 1:
-        stop(f"the processes do not find the same files in {args.data_path}, {output}", RANK == 0)
-
-    # Features of all images, and k-NN
-    workers = {"num_workers": args.num_workers, "worker_init_fn": ignore_signals}
-    loader = partial(DataLoader, pin_memory=cuda, **workers)
-    dim = (min(BLOCKS, depth) + 1) * width
-    kept = torch.float32 if dtype == torch.float32 else torch.float16  # ImageNet, ViT-B: 10 GB
-    say(f"{n} training images, {len(images[1])} to judge by, {classes} classes")
-    columns = [extract(embed, split, loader, dim, kept, device) for split in images]
-    (features, labels), (val_features, val_labels) = columns
-    bad = sum(int((labels < 0).sum()) for _, labels in columns)
-    readable = val_labels >= 0
-    val_features, val_labels = val_features[readable], val_labels[readable]
-    bank = (
-        F.normalize(features[labels >= 0, -2 * width : -width].float(), dim=-1),
-        labels[labels >= 0],
-    )
-    queries = F.normalize(val_features[:, -2 * width : -width].float(), dim=-1), val_labels
-    knn = knn_accuracies(bank, queries)
-    say("k-NN, top-1 %: " + ", ".join(f"k = {k}: {accuracy:.2f}" for k, accuracy in knn.items()))
-    results = {"run": run, "weights": args.weights, "knn": knn, "bad_images": bad}
-    del bank, queries
-
-    # The probe
-    if args.epochs:
-        order = order[(labels >= 0).cpu().numpy()[order]]
-        held, part = np.split(order, [max(1, min(n // 10, 10000))])
-        per_epoch = len(part) // args.batch_size
-        held_features, held_labels = features[held], labels[held]
-        if not args.cached:
-            del features, columns
-        torch.manual_seed(seed_from(args.seed))
-        probe = Probe(width, min(BLOCKS, depth), classes).to(device)
-        rates = torch.tensor(RATES, device=device).repeat(len(KINDS))
-        optimizer = torch.optim.SGD(probe.parameters(), lr=1.0, momentum=0.9)
-        done, total = 0, args.epochs * per_epoch
-        if state:
-            probe.load_state_dict(state["probe"])
-            optimizer.load_state_dict(state["optimizer"])
-            done = state["step"]
-            say(f"resumed {path} at step {done}")
-        lr = cosine_schedule(args.batch_size / 256, 0.0, total)
-        keys = block_keys(len(part), args, done, total)
-        if args.cached:
-            rows = (torch.from_numpy(part[np.array(k) % len(part)]).to(device) for k in keys)
-            source = ((features[i].float(), labels[i]) for i in rows)
+    else:
+        embed = autocast(partial(encode_patches if segmenting else encode, model))
+        if segmenting:
+            run, results = segment(args, model, embed, device)
         else:
-            crop = transforms.RandomResizedCrop(args.crop_size, interpolation=bicubic)
-            crop = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
-            names, of = images[0].names[part], images[0].labels[part]
-            crops = loader(Images(folder, names, of, crop, args.seed), batch_sampler=keys)
-            source = ((embed(x), y.to(device, non_blocking=True)) for x, y, _ in crops)
-
-        clock, start = time.perf_counter(), done
-        BUSY.append("the probe")
-        for z, y in source:
-            scores, y = probe(z), y[:, None].expand(-1, len(rates))
-            losses = F.cross_entropy(scores.mT, y, reduction="none").mean(0)  # (candidates,)
-            optimizer.zero_grad()
-            # SGD on a loss times its rate is SGD at that rate: one optimizer for all candidates.
-            ((losses * rates).sum() / WORLD).backward()
-            if WORLD > 1:
-                for p in probe.parameters():
-                    dist.all_reduce(p.grad)
-            optimizer.param_groups[0]["lr"] = float(lr[done])
-            optimizer.step()
-            done += 1
-            epoch, i = divmod(done, per_epoch)
-            if i and done % 10 and not (SIGNALS and WORLD == 1):
-                continue
-            number, left = (
-                max(meet(max(SIGNALS, default=0))),
-                eta(clock, done - start, total - start),
-            )
-            if number or (not i and (epoch % args.saveckp_freq == 0 or epoch == args.epochs)):
-                with together():
-                    if RANK == 0:
-                        state = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
-                        write(path, partial(torch.save, state | {"step": done, "run": run}))
-            if number:
-                say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
-                raise SystemExit(128 + number)
-            if i:
-                say(f"step {left}", end="")
-            else:
-                lowest = losses.detach().nan_to_num(math.inf).min().item()
-                say(f"epoch {epoch}/{args.epochs}: lowest loss {lowest:.3f}, step {left}")
-
-        BUSY.clear()
-        accuracies = probe_accuracies(probe, held_features, held_labels)
-        names = [f"{kind}, lr {rate:g}" for kind in KINDS for rate in RATES]
-        best = max(range(len(names)), key=lambda i: accuracies[i][0])
-        top1, top5 = probe_accuracies(probe, val_features, val_labels)[best]
-        say(f"top-1 / top-5, %, on {len(held)} images held out of the training ones")
-        say(f"{'lr':>8}" + "".join(f"{kind:>20}" for kind in KINDS))
-        for i, rate in enumerate(RATES):
-            cells = (f"{a:6.2f} / {b:6.2f}" for a, b in accuracies[i :: len(RATES)])
-            say(f"{rate:8g}" + "".join(f"{cell:>20}" for cell in cells))
-        say(f"the best, {names[best]}, on the validation images: {top1:.2f} / {top5:.2f}")
-        chosen = {"best": names[best], "val_top1": top1, "val_top5": top5}
-        results["probe"] = {"held_out": dict(zip(names, accuracies))} | chosen
-    results["seconds"] = time.perf_counter() - began
-    with together():
-        if RANK == 0:
-            text = json.dumps(results, indent=2) + "\n"
-            write(results_path, lambda file: file.write(text.encode()))
+            run, results = classify(args, model, embed, centre, data, device, dtype)
+        results |= {"run": run, "weights": args.weights, "seconds": time.perf_counter() - began}
+        text = json.dumps(results, indent=2) + "\n"
+        with together():
+            if RANK == 0:
+                write(output / "results.json", lambda file: file.write(text.encode()))
     if WORLD > 1:
         time.sleep(
             0.2

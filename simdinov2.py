@@ -730,6 +730,10 @@ EXTENSIONS += (".ppm", ".pgm", ".jp2")
 HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # how names begin that do not exist
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def load_image(path):
     """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation.
 
@@ -1006,6 +1010,8 @@ def parse_args(argv=None):
     parser.error = refuse = partial(stop, aloud=RANK == 0)  # all processes have the same flags
     parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
     parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
+    text = "start from the backbone (and head) in FILE: ours, official SimDINO(v2), DINO(v2), timm"
+    parser.add_argument("--pretrained_weights", metavar="FILE", help=text)
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     text = "compute the activations of a block again in the backward pass: slower, less memory"
     parser.add_argument("--grad_checkpointing", action="store_true", help=text)
@@ -1078,6 +1084,94 @@ def block_keys(n, args, start, end, rank=RANK, world=WORLD):
         images = order[i * args.batch_size : (i + 1) * args.batch_size]
         for block in range(rank, args.batch_size // size, world):
             yield images[block * size : (block + 1) * size].tolist()
+
+
+# ------------------------------------------------------------------------------- weights from a file
+
+WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
+HEADS = {"head", "dino_head", "ibot_head"}  # used in training; timm's classifier
+# Beside tensors, official checkpoints hold their arguments and NumPy's learning rates.
+SCALAR = np.float64(0).__reduce__()[0]  # its unpickler, of one name in NumPy 1, another in NumPy 2
+SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+SAFE += [argparse.Namespace, np.dtype, type(np.dtype("float64"))]
+
+
+def read_safetensors(path):
+    """Tensors by name: 8 bytes with the length of a JSON header, the header, the numbers."""
+    data = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = {}
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            x = data[start + begin : start + end]
+            tensors[name] = torch.frombuffer(x, dtype=types[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+def read_weights(path, key="teacher"):
+    """-> tensors of the backbone and of the head's mlp in path, by the names used here; the rest.
+
+    path: a checkpoint, which has them under key or "model", or the tensors alone, of simdino.py,
+    simdinov2.py, the official SimDINO(v2), DINO, DINOv2, timm; .pth or .safetensors.
+    """
+    reading = or_stop(f"the weights {path} are missing, damaged, no checkpoint or have code inside")
+    with reading, torch.serialization.safe_globals(SAFE):
+        if str(path).endswith(".safetensors"):
+            state = read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    weights = state
+    if isinstance(state, dict):
+        weights = state.get(key, state.get("model", state))
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        names = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        stop(f"no weights under {key} in {path}; what it has: {names}")
+
+    tensors, mlp, left_out = {}, {}, set()
+    for name, tensor in weights.items():
+        parts = [part for part in str(name).split(".") if part not in WRAPPERS]
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", ".".join(parts))  # chunks of FSDP
+        if re.match(r"(dino_)?head\.mlp\.", name):
+            mlp[name.partition(".")[2]] = tensor
+        elif parts[0] in HEADS:
+            left_out.add(".".join(parts[:2]))
+        else:
+            tensors["register_tokens" if name == "reg_token" else name] = tensor
+    if not {"patch_embed.proj.weight", "pos_embed"} <= tensors.keys():
+        stop(f"{path} holds no vision transformer: no patch_embed.proj.weight and pos_embed")
+    if math.isqrt(tensors["pos_embed"].shape[1]) ** 2 == tensors["pos_embed"].shape[1]:
+        tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))  # timm: none for CLS
+    return tensors, mlp, left_out
+
+
+def load_pretrained(path, backbone, head):
+    """Start backbone, and head where the file has one of its shape, from the weights in path.
+
+    A position grid of another size is interpolated; all else has to fit.
+    """
+    tensors, mlp, left_out = read_weights(path)
+    tensors.setdefault("mask_token", backbone.mask_token.detach())  # timm has none
+    try:
+        cls, grid = tensors["pos_embed"].split([1, tensors["pos_embed"].shape[1] - 1], dim=1)
+        if (side := math.isqrt(grid.shape[1])) != backbone.side:
+            grid = grid.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            size = backbone.side, backbone.side
+            grid = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).mT
+            tensors["pos_embed"] = torch.cat([cls, grid], dim=1)
+        backbone.load_state_dict(tensors)
+    except RuntimeError as error:  # lists what is missing, left over or of another shape
+        text = " ".join(str(error).split())
+        stop(f"{path} does not fit this --arch, --patch_size and method: {text}")
+    fits = {k: x.shape for k, x in mlp.items()} == {
+        k: x.shape for k, x in head.state_dict().items()
+    }
+    if fits:
+        head.load_state_dict(mlp)
+    left_out |= {"head.mlp"} if mlp and not fits else set()
+    text = "backbone and head" if fits else "backbone; the head starts anew"
+    say(f"{path}: {text}; left out: {', '.join(sorted(left_out)) or 'nothing'}")
 
 
 # ---------------------------------------------------------------------------------- the checkpoints
@@ -1161,6 +1255,8 @@ def build(args, device):
     backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
     backbone.grad_checkpointing = args.grad_checkpointing
     head, n = ProjectionHead(shape["embed_dim"], args.hidden_dim), args.batch_size
+    if args.pretrained_weights:
+        load_pretrained(args.pretrained_weights, backbone, head)
     d = head.mlp[-1].out_features
     gamma = (d + n) / (d * n) if args.gamma is None else args.gamma
     loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, gamma, args.expa_type)
@@ -1212,10 +1308,12 @@ def main():
             render_patterns(root)
     with together():
         images, judged, why = open_images(args, root)
-    run = vars(args) | {"image_list": hashlib.sha256(b"\0".join(images.names)).hexdigest()[:16]}
+        model = build(args, device)
+    run = vars(args) | {"image_list": digest(b"\0".join(images.names))}
+    if args.pretrained_weights:
+        run["pretrained_weights"] = digest(Path(args.pretrained_weights).read_bytes())
     if len(set(meet(run["image_list"]))) > 1:
         stop(f"the processes do not find the same images in {images.root}", RANK == 0)
-    model = build(args, device)
     weights, cuda = sum(p.numel() for p in model.params), device.type == "cuda"
     n, size = args.batch_size, args.batch_size_per_gpu
     per_epoch = len(images) // n

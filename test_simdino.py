@@ -2631,19 +2631,19 @@ def checkpoint(kind):
 @pytest.mark.parametrize(
     "kind, version, left_out",
     [
-        ("ours, v1", 1, ["head"]),
-        ("ours, v2", 2, ["head", "mask_token"]),
-        ("official v1, with its arguments", 1, ["head"]),
+        ("ours, v1", 1, ["head.mlp"]),
+        ("ours, v2", 2, ["head.mlp", "mask_token"]),
+        ("official v1, with its arguments", 1, ["head.mlp"]),
         ("official v1, flat", 1, []),
         ("official v1, compiled", 1, []),
-        ("official v2, chunked", 2, ["dino_head", "mask_token"]),
+        ("official v2, chunked", 2, ["head.mlp", "mask_token"]),
         ("official v2, flat", 2, ["mask_token"]),
-        ("timm's classifier", 1, ["head"]),
+        ("timm's classifier", 1, ["head.bias", "head.weight"]),
     ],
 )
 def test_weights_of_every_format_give_the_official_features(tmp_path, kind, version, left_out):
     torch.save(checkpoint(kind), tmp_path / "weights.pth")
-    model, dropped = eval_linear.load_backbone(tmp_path / "weights.pth")
+    model, dropped = eval_linear.load_backbone(tmp_path / "weights.pth", num_heads=2)
     assert dropped == left_out
     expected = {  # official: CLS of the last 4 blocks and mean patch of the last, in float64
         (1, 32): -3.0275591342386177,
@@ -2672,7 +2672,8 @@ def test_a_checkpoint_gives_the_features_it_gave_in_training(tmp_path, script):
 
 def test_attention_weights_are_those_the_last_block_used(tmp_path):
     torch.save(weights(2), tmp_path / "w.pth")
-    model, seen, x = eval_linear.load_backbone(tmp_path / "w.pth")[0], {}, torch.randn(2, 3, 32, 32)
+    model, seen = eval_linear.load_backbone(tmp_path / "w.pth", num_heads=2)[0], {}
+    x = torch.randn(2, 3, 32, 32)
     attention, attn = model.get_last_selfattention(x), model.blocks[-1].attn
     assert attention.shape == (2, 2, 21, 21)
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 2, 21))
@@ -2725,19 +2726,24 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
 
 def test_weights_under_another_name_are_asked_for(tmp_path):
     path = tmp_path / "weights.pth"
-    torch.save({"model": weights(1), "epoch": 3}, path)
-    assert "it has, model, epoch" in stopped(eval_linear.load_backbone, path)
-    eval_linear.load_backbone(path, "model")
+    torch.save({"net": weights(1, 96), "epoch": 3}, path)
+    assert "it has: net, epoch" in stopped(eval_linear.load_backbone, path)
+    eval_linear.load_backbone(path, "net")
     assert "under epoch" in stopped(eval_linear.load_backbone, path, "epoch")
+    torch.save({"model": weights(1, 96), "epoch": 3}, path)  # as DeiT and MAE have them
+    eval_linear.load_backbone(path)
 
 
-def test_the_number_of_heads_is_a_guess_that_can_be_corrected(tmp_path):
+def test_the_number_of_heads_is_asked_for_where_no_standard_says_it(tmp_path):
     path = tmp_path / "weights.pth"
-    for width, guess in (128, 2), (96, 3):
+    for width, heads in (96, 3), (192, 3), (384, 6):
         torch.save(weights(1, width), path)
-        assert eval_linear.load_backbone(path)[0].blocks[0].attn.num_heads == guess
+        assert eval_linear.load_backbone(path)[0].blocks[0].attn.num_heads == heads
     assert eval_linear.load_backbone(path, num_heads=8)[0].blocks[0].attn.num_heads == 8
     assert "--num_heads 7" in stopped(eval_linear.load_backbone, path, num_heads=7)
+    torch.save(weights(1, 160), path)
+    assert "160 wide" in stopped(eval_linear.load_backbone, path)
+    assert eval_linear.load_backbone(path, num_heads=5)[0].blocks[0].attn.num_heads == 5
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path):
@@ -2752,7 +2758,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
         assert path.read_bytes() == content
     assert not (tmp_path / "mark").exists()
     torch.save([1, 2], path)
-    assert "has, list" in stopped(eval_linear.load_backbone, path)
+    assert "has: list" in stopped(eval_linear.load_backbone, path)
 
 
 # ---------------------------------------------------------------------------- evaluation: k-NN
@@ -2839,7 +2845,7 @@ def test_the_probe_learns_and_is_chosen_on_held_out_images_not_on_val(evaluated,
     assert results["probe"]["val_top1"] < 50 and results["probe"]["val_top5"] == 100
     assert set(results["knn"]) == {"10", "20", "100", "200"} and results["knn"]["10"] < 50
     assert results["weights"] == base[1] and results["bad_images"] == 2
-    assert len(results["run"]["weights_sha256"]) == 64 and results["run"]["images"] == [90, 24]
+    assert len(results["run"]["weights_sha256"]) == 16 and results["run"]["images"] == [90, 24]
     named = [line for line in printed.splitlines() if line.startswith("unreadable, left out")]
     assert len(named) == 2 and "04.png" in named[0] and "val/kind2/03.png" in named[1]
     assert "1 of 24 images" in printed
@@ -2978,7 +2984,7 @@ def test_pictures_have_a_row_an_image_and_are_never_written_over(
         (["--weights", "/nowhere.pth"], "/nowhere.pth"),
         (["--crop_size", "30"], "--crop_size 30 is not a multiple of the patch, 8"),
         (["--crop_size", "64"], "--resize_size 32 is smaller than --crop_size 64"),
-        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0"),
+        (["--batch_size_per_gpu", "-1"], "--batch_size_per_gpu -1"),
         (["--batch_size_per_gpu", "82"], "lower --batch_size_per_gpu"),
         (["--epochs", "-1"], "--epochs -1"),
         (["--amp", "fp8"], "--amp"),

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -2718,7 +2719,7 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     tensors |= {"fc_norm.weight": torch.ones(128), "blocks.0.mlp.w12.weight": torch.ones(2)}
     tensors["cls_token"] = torch.ones(1, 2, 128)
     torch.save(tensors, path)
-    message = stopped(eval_linear.load_backbone, path)
+    message = stopped(eval_linear.load_backbone, path, num_heads=2)
     assert 'Missing key(s) in state_dict: "blocks.2.norm1.bias", "norm.weight".' in message
     assert '"blocks.0.mlp.w12.weight"' in message.split("Unexpected key(s)")[1]
     assert "size mismatch for cls_token" in message
@@ -2744,6 +2745,140 @@ def test_the_number_of_heads_is_asked_for_where_no_standard_says_it(tmp_path):
     torch.save(weights(1, 160), path)
     assert "160 wide" in stopped(eval_linear.load_backbone, path)
     assert eval_linear.load_backbone(path, num_heads=5)[0].blocks[0].attn.num_heads == 5
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_timm_loads_an_exported_backbone_strictly_by_the_line_printed(
+    monkeypatch, tmp_path, capsys, version
+):
+    pytest.importorskip("timm")
+    torch.save({"teacher": prefixed("backbone.", weights(version, 96))}, tmp_path / "w.pth")
+    out = tmp_path / "timm.pth"
+    evaluate(monkeypatch, "--weights", tmp_path / "w.pth", "--export", out)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("model = timm.") and "strict=True" in line
+    (tmp_path / "line.py").write_text("import timm, torch\n" + line)
+    names = runpy.run_path(tmp_path / "line.py")
+    model, _ = eval_linear.load_backbone(tmp_path / "w.pth")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.get_intermediate_layers(x)[0][:, 0]
+        torch.testing.assert_close(names["model"].eval()(x), expected, rtol=1e-5, atol=1e-4)
+    again, _ = eval_linear.load_backbone(out)  # and back
+    torch.testing.assert_close(again.get_intermediate_layers(x)[0][:, 0], expected)
+
+
+def safetensors(tensors):
+    """The format, written from its description."""
+    header, numbers = {"__metadata__": {"format": "pt"}}, b""
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    for name, x in tensors.items():
+        raw = x.contiguous().view(torch.uint8).numpy().tobytes()
+        entry = {"dtype": kinds[x.dtype], "shape": list(x.shape)}
+        header[name] = entry | {"data_offsets": [len(numbers), len(numbers) + len(raw)]}
+        numbers += raw
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_safetensors_are_read(tmp_path, dtype):
+    tensors = {name: x.to(dtype) for name, x in weights(2, 96).items()}
+    (tmp_path / "w.safetensors").write_bytes(safetensors(tensors))
+    read, mlp, left_out = eval_linear.read_weights(tmp_path / "w.safetensors")
+    assert same(read, tensors) and not mlp and not left_out
+    (tmp_path / "w.safetensors").write_bytes(safetensors(tensors)[:-1000])
+    assert "w.safetensors" in stopped(eval_linear.read_weights, tmp_path / "w.safetensors")
+
+
+# ------------------------------------------------------------------- training from existing weights
+
+
+def start(script, path, monkeypatch, size=32, width=128, hidden=16):
+    """A backbone and a head that load_pretrained has filled; what it said."""
+    backbone = script.VisionTransformer(size, 8, embed_dim=width, depth=4, num_heads=2)
+    head = script.ProjectionHead(width, hidden, 8)
+    lines = []
+    monkeypatch.setattr(script, "say", lambda text, **_: lines.append(text))
+    script.load_pretrained(path, backbone, head)
+    return backbone, head, lines[0]
+
+
+@pytest.mark.parametrize(
+    "kind, script, head",
+    [
+        ("ours, v1", simdino, True),
+        ("official v1, with its arguments", simdino, True),
+        ("official v1, flat", simdino, False),
+        ("official v1, compiled", simdino, False),
+        ("timm's classifier", simdino, False),
+        ("ours, v2", simdinov2, True),
+        ("official v2, chunked", simdinov2, True),
+        ("official v2, flat", simdinov2, False),
+    ],
+)
+def test_training_starts_from_weights_of_every_format(tmp_path, monkeypatch, kind, script, head):
+    saved = checkpoint(kind)
+    torch.save(saved, tmp_path / "w.pth")
+    backbone, mlp, said = start(script, tmp_path / "w.pth", monkeypatch)
+    expected = weights(1 if script is simdino else 2)
+    for name, tensor in backbone.state_dict().items():
+        assert name == "mask_token" or torch.equal(tensor, expected[name]), name
+    assert ("backbone and head" in said) == head
+    whole = saved.get("teacher", {})
+    stored = {name.split("head.")[1]: x for name, x in whole.items() if "head." in name}
+    assert not head or same(dict(mlp.state_dict()), stored)
+    assert "head.weight" in said or "classifier" not in kind
+
+    _, other, said = start(script, tmp_path / "w.pth", monkeypatch, hidden=24)
+    assert "the head starts anew" in said and ("head.mlp" in said) == head
+    assert all(x.isfinite().all() for x in other.parameters())
+
+
+@pytest.mark.parametrize("script", [simdino, simdinov2])
+def test_positions_of_another_grid_are_interpolated(tmp_path, monkeypatch, script):
+    torch.save(weights(1 if script is simdino else 2), tmp_path / "w.pth")
+    backbone, _, _ = start(script, tmp_path / "w.pth", monkeypatch, size=48)
+    cls, grid = weights(1)["pos_embed"].split([1, 16], dim=1)
+    if script is simdino:
+        grid = grid.unflatten(1, (4, 4)).movedim(3, 1)
+        expected = TF.resize(grid, [6, 6], TF.InterpolationMode.BICUBIC, antialias=True)
+        torch.testing.assert_close(backbone.pos_embed[:, 1:], expected.flatten(2).mT)
+        assert torch.equal(backbone.pos_embed[:, :1], cls)
+    assert backbone.pos_embed.shape == (1, 37, 128)
+
+
+def test_weights_that_do_not_fit_are_refused_with_what_misses_and_is_left_over(
+    tmp_path, monkeypatch
+):
+    torch.save(weights(2), tmp_path / "v2.pth")
+    message = stopped(start, simdino, tmp_path / "v2.pth", monkeypatch)
+    assert "Unexpected" in message and "register_tokens" in message and "ls1.gamma" in message
+    torch.save(weights(1), tmp_path / "v1.pth")
+    message = stopped(start, simdinov2, tmp_path / "v1.pth", monkeypatch)
+    assert "Missing" in message and "register_tokens" in message and "blocks.0.ls1.gamma" in message
+    assert "size mismatch" in stopped(start, simdino, tmp_path / "v1.pth", monkeypatch, width=64)
+    assert "missing" in stopped(start, simdino, tmp_path / "nowhere.pth", monkeypatch)
+
+
+def test_a_run_from_weights_is_another_run_and_resumes_without_them(
+    monkeypatch, script, pictures, tmp_path, capsys
+):
+    flags = [*TINY, "--data_path", pictures, "--eval_freq", 0, "--max_steps"]
+    train(monkeypatch, *flags, 3, "--output_dir", tmp_path / "first", script=script)
+    first = tmp_path / "first" / "checkpoint.pth"
+    out = ["--output_dir", tmp_path / "second"]
+    pretrained = ["--pretrained_weights", first]
+    train(monkeypatch, *flags, 1, *out, *pretrained, "--lr", 1e-12, script=script)
+    assert "backbone and head" in capsys.readouterr().out
+    assert weights_of(tmp_path / "second")["step"] == 1
+    for name, x in weights_of(tmp_path / "second")["student"].items():
+        torch.testing.assert_close(x, torch.load(first, weights_only=True)["teacher"][name])
+    train(monkeypatch, *flags, 2, *out, *pretrained, "--lr", 1e-12, script=script)
+    assert "at step 1" in capsys.readouterr().out, "resume wins"
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, *flags, 3, *out, "--lr", 1e-12, script=script)
+    assert "pretrained_weights" in stop.value.code
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path):
@@ -2779,6 +2914,20 @@ def test_knn_counts_weighted_votes_for_every_k_even_beyond_the_bank():
             hits += int(np.argmax(votes)) == label
         assert accuracy == pytest.approx(100 * hits / 300)
     assert len(set(got.values())) > 2, "the ks differ"
+
+
+def test_knn_takes_a_large_bank_in_parts_and_leaves_out_what_has_no_label():
+    torch.manual_seed(0)
+    n = 2**16 + 3000
+    bank, labels, z = torch.randn(n, 4), torch.arange(n) % 3, torch.randn(64, 4)
+    labels[::7] = -1
+    y = torch.arange(64) % 3
+    y[:4] = -1
+    got = eval_linear.knn_accuracies((bank, labels), (z, y), (20,))[20]
+    good, real = F.normalize(bank[labels >= 0], dim=-1), labels[labels >= 0]
+    cosine, at = (F.normalize(z, dim=-1)[4:] @ good.mT).topk(20)
+    votes = (cosine / 0.07).exp()[..., None] * F.one_hot(real[at], 3)
+    assert got == pytest.approx(100 * (votes.sum(1).argmax(-1) == y[4:]).float().mean().item())
 
 
 # ----------------------------------------------------------------------- evaluation: the probe
@@ -3038,3 +3187,138 @@ def test_features_that_are_not_finite_end_the_run(monkeypatch, base, tmp_path):
     flags = [*base, "--weights", tmp_path / "nan.pth", "--output_dir", tmp_path / "out"]
     assert "not finite" in stopped(evaluate, monkeypatch, *flags)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+# ------------------------------------------------------------------- evaluation: the segmentation
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory):
+    """train/, val/ and masks of 3 classes that a patch's brightness tells; 9 is void."""
+    root = tmp_path_factory.mktemp("streets")
+    for split, count in ("train", 24), ("val", 7):
+        (root / split / "a").mkdir(parents=True)
+        (root / f"{split}_masks" / "a").mkdir(parents=True)
+        for i in range(count):
+            rng = np.random.default_rng((split == "val", i))
+            mask = rng.integers(0, 3, (4, 6)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+            pixels = 40 + 80 * mask[..., None] + rng.normal(0, 9, (32, 48, 3))
+            mask[:2] = 9
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(root / split / "a" / f"{i}.jpg", quality=95)
+            Image.fromarray(mask).save(root / f"{split}_masks" / "a" / f"{i}.png")
+    return root
+
+
+def segmenting(base, streets, output, *flags):
+    flags = ["--segment", "--ignore_index", 9, "--epochs", 12, "--num_workers", 0, *flags]
+    flags += ["--batch_size_per_gpu", 4, "--saveckp_freq", 1]
+    return [*base[:2], "--data_path", streets, "--output_dir", output, *flags]
+
+
+def test_segmentation_learns_what_patches_show_and_counts_it_right(
+    base, streets, monkeypatch, tmp_path, capsys
+):
+    evaluate(monkeypatch, *segmenting(base, streets, tmp_path))
+    results = results_of(tmp_path)["segmentation"]
+    assert results["miou"] > 60 and results["pixel_accuracy"] > 75 and len(results["iou"]) == 3
+    assert results["best_lr"] == float(
+        max(results["held_out_miou"], key=results["held_out_miou"].get)
+    )
+    assert Image.open(tmp_path / "segmentation.png").size == (3 * 48, 4 * 32)
+    assert "[32, 48]" in capsys.readouterr().out, "rectangles"
+
+    # Counted again, image by image, with sets of pixels
+    model, _ = eval_linear.load_backbone(base[1])
+    state = probe_of(tmp_path)["probe"]
+    probe = eval_linear.PatchProbe(96, 3)
+    probe.load_state_dict(state)
+    probe.eval()
+    best = eval_linear.PATCH_RATES.index(results["best_lr"])
+    inside, either, right, known = [0] * 3, [0] * 3, 0, 0
+    for i in range(7):
+        x = eval_linear.load_image(streets / "val" / "a" / f"{i}.jpg")[None]
+        true = np.array(Image.open(streets / "val_masks" / "a" / f"{i}.png"))
+        with torch.no_grad():
+            scores = probe(eval_linear.encode_patches(model, x), (32, 48))[0, best]
+        given = scores.argmax(0).numpy()
+        valid = true != 9
+        right, known = right + (given == true)[valid].sum(), known + valid.sum()
+        for c in range(3):
+            inside[c] += ((given == c) & (true == c))[valid].sum()
+            either[c] += ((given == c) | (true == c))[valid].sum()
+    iou = [100 * a / b for a, b in zip(inside, either)]
+    assert results["iou"] == pytest.approx(iou, abs=0.3)
+    assert results["miou"] == pytest.approx(np.mean(iou), abs=0.3)
+    assert results["pixel_accuracy"] == pytest.approx(100 * right / known, abs=0.3)
+
+
+def test_segmentation_scores_of_a_matrix_worked_by_hand():
+    counts = torch.tensor([[8.0, 2, 0, 0], [1, 4, 0, 0], [0, 0, 0, 0], [3, 0, 0, 0]]).double()
+    scores = eval_linear.segmentation_scores(counts)
+    assert scores["iou"] == [pytest.approx(100 * 8 / 14), pytest.approx(100 * 4 / 7), None, 0]
+    assert scores["miou"] == pytest.approx(100 * (8 / 14 + 4 / 7) / 3)
+    assert scores["pixel_accuracy"] == pytest.approx(100 * 12 / 18)
+
+
+def test_a_segmentation_killed_and_resumed_and_one_of_two_processes_are_the_same(
+    base, streets, monkeypatch, tmp_path
+):
+    evaluate(monkeypatch, *segmenting(base, streets, tmp_path / "whole"))
+    write = eval_linear.write
+
+    def write_and_die(path, dump):
+        write(path, dump)
+        if path.suffix == ".pth" and torch.load(path, weights_only=True)["step"] == 15:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_linear, "write", write_and_die)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            evaluate(patch, *segmenting(base, streets, tmp_path / "killed"))
+    evaluate(monkeypatch, *segmenting(base, streets, tmp_path / "killed"))
+    assert same(probe_of(tmp_path / "killed"), probe_of(tmp_path / "whole"))
+
+    flags = segmenting(base, streets, tmp_path / "two")
+    flags[flags.index("--batch_size_per_gpu") + 1] = 2
+    statuses, outputs = ends(launch(eval_linear, *flags, world=2))
+    assert statuses == [0, 0], outputs
+    alone = results_of(tmp_path / "whole")
+    shared = results_of(tmp_path / "two")
+    assert shared["run"] == alone["run"]
+    assert shared["segmentation"]["iou"] == pytest.approx(alone["segmentation"]["iou"], abs=0.5)
+    one, two = probe_of(tmp_path / "whole")["probe"], probe_of(tmp_path / "two")["probe"]
+    for a, b in zip(one.values(), two.values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def palette_mask(value, path):
+    mask = Image.fromarray(np.full((32, 48), value, dtype=np.uint8))
+    mask.putpalette(list(range(255, -1, -1)) * 3)
+    mask.save(path)
+    assert Image.open(path).mode == "P"
+
+
+def test_data_that_cannot_be_segmented_get_one_line(base, streets, monkeypatch, tmp_path):
+    def message(root, *flags):
+        return stopped(evaluate, monkeypatch, *segmenting(base, root, tmp_path / "out", *flags))
+
+    assert "multiples of the patch, 8" in message(streets, "--segment", 30, 48)
+    assert "two, H and W" in message(streets, "--segment", 32)
+    assert "cannot list" in message(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(streets, copy)
+    mask = copy / "train_masks" / "a" / "3.png"
+    mask.unlink()
+    assert "1 without a mask" in message(copy) and str(mask) in message(copy)
+    Image.new("RGB", (48, 32)).save(mask)
+    assert "has colours" in message(copy)
+    mask.write_bytes(b"no mask")
+    assert "3.png" in message(copy)
+    Image.new("L", (24, 16), 2).save(mask)  # of another size, and a palette: they work
+    palette_mask(4, copy / "val_masks" / "a" / "2.png")
+    assert "classes above 2" in message(copy)
+    palette_mask(1, copy / "val_masks" / "a" / "2.png")
+    (copy / "val" / "a" / "5.jpg").write_bytes(b"no image")
+    evaluate(monkeypatch, *segmenting(base, copy, tmp_path / "works", "--epochs", 1))
+    assert results_of(tmp_path / "works")["segmentation"]["pixel_accuracy"] > 0

@@ -764,9 +764,8 @@ class PatchProbe(nn.Module):
 @torch.no_grad()
 def confusions(probe, source, classes):
     """(candidates, classes, classes): how many pixels of each class were given which."""
-    counts = torch.zeros(
-        len(PATCH_RATES), classes**2, dtype=torch.long, device=probe.moments.device
-    )
+    device = probe.moments.device
+    counts = torch.zeros(len(PATCH_RATES), classes**2, dtype=torch.long, device=device)
     for z, y in source:
         for count, given in zip(counts, probe(z, y.shape[1:]).argmax(2).unbind(1)):
             count += torch.bincount((classes * y + given)[y >= 0], minlength=classes**2)
@@ -818,61 +817,44 @@ def segment(args, model, embed, device):
         for x, y, _ in loader:
             yield embed(x), y.to(device, non_blocking=True)
 
-    loader = partial(make_loader, args, device)
+    def batches(keys):
+        return tokens(make_loader(args, device, train, batch_sampler=keys))
+
     torch.manual_seed(seed_from(args.seed))
     probe = PatchProbe(model.norm.weight.numel(), classes).to(device)
-    fit(
-        probe,
-        PATCH_RATES,
-        lambda keys: tokens(loader(train, batch_sampler=keys)),
-        len(part),
-        args,
-        run,
-        state,
-    )
+    fit(probe, PATCH_RATES, batches, len(part), args, run, state)
     probe.eval()
     counts = []
     for some in judged:
-        own = range(RANK, len(some), WORLD)
-        source = tokens(loader(some, batch_size=args.batch_size_per_gpu, sampler=own))
-        counts.append(confusions(probe, source, classes))
-    scores = [segmentation_scores(count) for count in counts[0]]
-    best = max(range(len(scores)), key=lambda i: scores[i]["miou"])
-    result = segmentation_scores(counts[1][best])
-    for rate, score in zip(PATCH_RATES, scores):
-        say(
-            f"lr {rate:g}: mIoU {score['miou']:.2f} on {len(held)} images held out of the training ones"
-        )
-    say(
-        f"lr {PATCH_RATES[best]:g} on {held_out}/: mIoU {result['miou']:.2f}, pixels {result['pixel_accuracy']:.2f} %"
-    )
-    say("IoU of each class: " + " ".join("-" if x is None else f"{x:.1f}" for x in result["iou"]))
-    if RANK == 0:
-        draw_scenes(judged[1], probe, tokens, best, Path(args.output_dir) / "segmentation.png")
-    held_scores = {f"{rate:g}": score["miou"] for rate, score in zip(PATCH_RATES, scores)}
-    return run, {
-        "segmentation": {"held_out_miou": held_scores, "best_lr": PATCH_RATES[best], **result}
-    }
+        own = {"batch_size": args.batch_size_per_gpu, "sampler": range(RANK, len(some), WORLD)}
+        counts.append(confusions(probe, tokens(make_loader(args, device, some, **own)), classes))
+    miou = [segmentation_scores(count)["miou"] for count in counts[0]]
+    best = miou.index(max(miou))
+    rate, scores = PATCH_RATES[best], segmentation_scores(counts[1][best])
+    by_rate = {f"{rate:g}": value for rate, value in zip(PATCH_RATES, miou)}
+    say(f"mIoU on {len(held)} held-out images by lr: {by_rate}")
+    iou = " ".join("-" if x is None else f"{x:.1f}" for x in scores["iou"])
+    say(f"lr {rate:g} on {held_out}/: mIoU {scores['miou']:.2f}; of each class: {iou}")
+    say(f"pixel accuracy {scores['pixel_accuracy']:.2f} %")
+    with together():
+        if RANK == 0:
+            picture = draw_scenes(judged[1], probe, tokens, best)
+            write(Path(args.output_dir) / "segmentation.png", partial(picture.save, format="PNG"))
+    return run, {"segmentation": {"held_out_miou": by_rate, "best_lr": rate, **scores}}
 
 
-def draw_scenes(scenes, probe, tokens, best, out, rows=4):
+@torch.no_grad()
+def draw_scenes(scenes, probe, tokens, best, rows=4):
     """A picture with a row for each of some scenes: image, what the probe says, mask."""
-    columns = []
+    colours = np.random.default_rng(1).integers(30, 256, (256, 3), dtype=np.uint8)
+    colours[-1], lines = 0, []  # void: black
     for i in np.linspace(0, len(scenes) - 1, min(rows, len(scenes))).astype(int).tolist():
-        image, mask, _ = scenes[i]
-        with torch.no_grad():
-            given = probe(next(tokens([(image[None], mask[None], "")]))[0], mask.shape)[
-                0, best
-            ].argmax(0)
-        hue = np.arange(256) * 0.618034 % 1  # far apart for neighbours
-        palette = [
-            Image.new("HSV", (1, 1), (int(255 * h), 200, 230)).convert("RGB").getpixel((0, 0))
-            for h in hue
-        ]
-        palette[255] = (0, 0, 0)
-        maps = [np.array(palette, dtype=np.uint8)[x.cpu().numpy() % 256] for x in (given, mask)]
-        columns.append(np.concatenate([image.permute(1, 2, 0).numpy(), *maps], axis=1))
-    Image.fromarray(np.concatenate(columns)).save(out)
+        image, mask, problem = scenes[i]
+        z, y = next(tokens([(image[None], mask[None], problem)]))
+        maps = probe(z, mask.shape)[0, best].argmax(0), y[0]
+        maps = [colours[x.cpu().numpy() % 256] for x in maps]
+        lines.append(np.concatenate([image.permute(1, 2, 0).numpy(), *maps], axis=1))
+    return Image.fromarray(np.concatenate(lines))
 
 
 # ------------------------------------------------------------------------------------- the pictures

@@ -3322,3 +3322,34 @@ def test_data_that_cannot_be_segmented_get_one_line(base, streets, monkeypatch, 
     (copy / "val" / "a" / "5.jpg").write_bytes(b"no image")
     evaluate(monkeypatch, *segmenting(base, copy, tmp_path / "works", "--epochs", 1))
     assert results_of(tmp_path / "works")["segmentation"]["pixel_accuracy"] > 0
+
+
+# ----------------------------------------------------------------------------------- the README
+
+
+BLOCKS_OF_README = re.findall(
+    r"```python\n(.*?)```", (Path(simdino.__file__).parent / "README.md").read_text(), re.DOTALL
+)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS_OF_README)))
+def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path, number):
+    text, folder = BLOCKS_OF_README[number], Path(simdino.__file__).parent
+    monkeypatch.chdir(tmp_path)
+    prelude = f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport torch\n"
+    prelude += "from simdino import SimDINOLoss\n"
+    if "timm" in text:
+        pytest.importorskip("timm")
+        prelude += "import timm\n"
+        backbone = simdinov2.VisionTransformer(32, 8, **simdino.ARCHS["vit_nano"])
+        torch.save({"teacher": prefixed("backbone.", backbone.state_dict())}, "w.pth")
+        evaluate(monkeypatch, "--weights", "w.pth", "--export", "backbone.pth")
+    if "matplotlib" in text:
+        pytest.importorskip("matplotlib").use("Agg")
+        Path("output_simdino").mkdir()
+        entry = {"train_comp_loss": 0.5, "train_expa_loss": 0.1, "rank": 3.0}
+        Path("output_simdino/log.txt").write_text(2 * (json.dumps(entry) + "\n"))
+    Path("snippet.py").write_text(prelude + text)
+    names = runpy.run_path("snippet.py")
+    assert "loss" not in names or names["loss"].requires_grad
+    assert "savefig" not in text or Path("log.png").stat().st_size > 1000

@@ -223,6 +223,7 @@ def definitions(script):
 def test_what_the_training_scripts_share_stands_in_each_in_the_same_words():
     v1, v2 = definitions(simdino), definitions(simdinov2)
     differs = {"Block", "VisionTransformer", "SimDINO", "OPTIONS", "build", "main"}
+    differs.add("load_pretrained")
     assert [name for name in v1 if v1[name] != v2.get(name)] == [n for n in v1 if n in differs]
     assert [name for name in v2 if name in v1] == list(v1), "in the same order"
     added = {"masked_patch_loss", "LayerScale", "Network", "block_masks", "parameter_groups"}
@@ -232,7 +233,7 @@ def test_what_the_training_scripts_share_stands_in_each_in_the_same_words():
 def test_what_the_scripts_share_stands_in_each_in_the_same_words():
     v2, evaluation = map(definitions, (simdinov2, eval_linear))
     differs = {"Block", "VisionTransformer", "OPTIONS", "main"}
-    differs.add("parse_args")
+    differs |= {"parse_args", "FREE"}
     shared = (v2.keys() & evaluation.keys()) - differs
     assert {
         "Attention",
@@ -2621,6 +2622,9 @@ def checkpoint(kind):
             "optimizer": optimizer,
             "args": arguments,
         },
+        "DINO, with prototypes": {
+            "teacher": official | {"module.head.last_layer.weight_v": torch.ones(9, 8)}
+        },
         "official v1, flat": v1,
         "official v1, compiled": prefixed("_orig_mod.", v1),
         "official v2, chunked": {"teacher": official_v2},
@@ -2809,6 +2813,7 @@ def start(script, path, monkeypatch, size=32, width=128, hidden=16):
     [
         ("ours, v1", simdino, True),
         ("official v1, with its arguments", simdino, True),
+        ("DINO, with prototypes", simdino, True),
         ("official v1, flat", simdino, False),
         ("official v1, compiled", simdino, False),
         ("timm's classifier", simdino, False),
@@ -2826,13 +2831,34 @@ def test_training_starts_from_weights_of_every_format(tmp_path, monkeypatch, kin
         assert name == "mask_token" or torch.equal(tensor, expected[name]), name
     assert ("backbone and head" in said) == head
     whole = saved.get("teacher", {})
-    stored = {name.split("head.")[1]: x for name, x in whole.items() if "head." in name}
+    stored = {name.split("head.")[1]: x for name, x in whole.items() if "head.mlp" in name}
     assert not head or same(dict(mlp.state_dict()), stored)
     assert "head.weight" in said or "classifier" not in kind
+    assert "head.last_layer" in said or "prototypes" not in kind
 
     _, other, said = start(script, tmp_path / "w.pth", monkeypatch, hidden=24)
     assert "the head starts anew" in said and ("head.mlp" in said) == head
     assert all(x.isfinite().all() for x in other.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, script",
+    [("vit_tiny_patch16_224", simdino), ("vit_small_patch14_reg4_dinov2", simdinov2)],
+)
+def test_training_starts_from_timm_with_its_features(tmp_path, monkeypatch, name, script):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name, img_size=112).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.05)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    shape = simdino.ARCHS["_".join(name.split("_")[:2])]
+    backbone = script.VisionTransformer(112, theirs.patch_embed.patch_size[0], **shape).eval()
+    head = script.ProjectionHead(shape["embed_dim"])
+    script.load_pretrained(tmp_path / "timm.pth", backbone, head)
+    x = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        expected = theirs.forward_features(x)[:, 0]
+        torch.testing.assert_close(backbone(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("script", [simdino, simdinov2])

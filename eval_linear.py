@@ -675,6 +675,8 @@ def fit(probe, rates, batches, n, args, run, state):
             say(f"step {left}", end="")
         else:
             lowest = losses.detach().nan_to_num(math.inf).min().item()
+            if lowest == math.inf:
+                stop("no candidate has a finite loss: try --amp off, or other --weights", RANK == 0)
             say(f"epoch {epoch}/{args.epochs}: lowest loss {lowest:.3f}, step {left}")
     BUSY.clear()
 
@@ -1186,9 +1188,7 @@ def main():
             if RANK == 0:
                 write(output / "results.json", lambda file: file.write(text.encode()))
     if WORLD > 1:
-        time.sleep(
-            0.2
-        )  # until gloo's threads hold nothing: PyTorch 2.6 would wait for them for ever
+        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
 
 

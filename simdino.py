@@ -1154,10 +1154,8 @@ def announce(args, model, images, steps):
     """The first line: what the run does, and on what."""
     card = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     size = f"{sum(p.numel() for p in model.params) / 1e6:.1f} M parameters"
-    line = (
-        f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {size}; a step: {args.batch_size}"
-    )
-    line += f" images = {model.rounds} rounds x {WORLD} processes x {args.batch_size_per_gpu}"
+    line = f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {size}; "
+    line += f"a step: {args.batch_size} images = {model.rounds} rounds x {WORLD} processes x {args.batch_size_per_gpu}"
     say(f"{line}; {steps} steps = {args.epochs} epochs of {len(images)} images, {images.root}")
     if args.data_path and steps < 2000:
         say(f"{steps} steps are few: a smaller --batch_size or more --epochs makes more of them")
@@ -1281,9 +1279,8 @@ def main():
             new, pending = new.tolist(), []
             if not np.isfinite(new).all():
                 at = done - len(new) + 1 + np.isfinite(new).all(1).argmin()
-                stop(
-                    f"the loss is not finite at step {at}: try a lower --lr or --amp off", RANK == 0
-                )
+                cure = "try a lower --lr or --amp off"
+                stop(f"the loss is not finite at step {at}: {cure}", RANK == 0)
             if model.scaler.is_enabled() and model.scaler.get_scale() < 1:
                 stop(f"no finite gradients by step {done}: try --amp bf16 or off", RANK == 0)
             figures += new
@@ -1328,9 +1325,7 @@ def main():
             say(f"warning: collapse: {'the images are (nearly) constant' if flat else cure}")
         judge()
     if WORLD > 1:
-        time.sleep(
-            0.2
-        )  # until gloo's threads hold nothing: PyTorch 2.6 would wait for them for ever
+        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
 
 

@@ -3206,12 +3206,14 @@ def test_results_and_probes_of_another_run_are_left_as_they_are(monkeypatch, bas
     assert not (tmp_path / "mark").exists()
 
 
-def test_features_that_are_not_finite_end_the_run(monkeypatch, base, tmp_path):
-    tensors = weights(1)
+def test_features_that_are_not_finite_end_the_run(monkeypatch, base, streets, tmp_path):
+    tensors = weights(1, 96)
     tensors["norm.bias"][3] = math.nan
     torch.save(tensors, tmp_path / "nan.pth")
     flags = [*base, "--weights", tmp_path / "nan.pth", "--output_dir", tmp_path / "out"]
     assert "not finite" in stopped(evaluate, monkeypatch, *flags)
+    flags = segmenting(["--weights", tmp_path / "nan.pth"], streets, tmp_path / "out")
+    assert "finite loss" in stopped(evaluate, monkeypatch, *flags)
     assert not (tmp_path / "out" / "results.json").exists()
 
 

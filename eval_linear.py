@@ -633,7 +633,7 @@ def fit(probe, rates, batches, n, args, run, state):
     """Train all candidates of the probe side by side, by SGD, for --epochs of n images.
 
     batches(keys): features and labels of each step, probe.losses of which gives (candidates,).
-    Saved to probe.pth every --saveckp_freq epochs; goes on from state, if there is one.
+    Saved to probe.pth every --saveckp_freq epochs and 15 minutes; goes on from state, if any.
     """
     path, device = Path(args.output_dir) / "probe.pth", next(probe.parameters()).device
     rates = torch.tensor(rates, device=device)
@@ -646,7 +646,7 @@ def fit(probe, rates, batches, n, args, run, state):
         done = state["step"]
         say(f"resumed {path} at step {done}")
     lr = cosine_schedule(args.batch_size / 256, 0.0, total)
-    clock, start = time.perf_counter(), done
+    clock, start, saved = time.perf_counter(), done, time.monotonic()
     BUSY.append("the probe")
     for z, y in batches(block_keys(n, args, done, total)):
         losses = probe.losses(z, y)
@@ -662,8 +662,11 @@ def fit(probe, rates, batches, n, args, run, state):
         epoch, i = divmod(done, per_epoch)
         if i and done % 10 and not (SIGNALS and WORLD == 1):
             continue
-        number, left = max(meet(max(SIGNALS, default=0))), eta(clock, done - start, total - start)
-        if number or (not i and (epoch % args.saveckp_freq == 0 or epoch == args.epochs)):
+        left, late = eta(clock, done - start, total - start), time.monotonic() - saved > 900
+        number, late = map(max, zip(*meet((max(SIGNALS, default=0), late))))
+        due = not i and (epoch % args.saveckp_freq == 0 or epoch == args.epochs)
+        if number or late or due:
+            saved = time.monotonic()
             with together():
                 if RANK == 0:
                     state = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}

@@ -894,7 +894,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.data_path == "":
         refuse("--data_path is empty")
-    if args.batch_size_per_gpu and not args.batch_size:  # as in DINO: a step of one round
+    if args.batch_size_per_gpu and args.batch_size is None:  # as in DINO: a step of one round
         args.batch_size = args.batch_size_per_gpu * WORLD
     for flag, (built_in, imagenet, allowed, _) in OPTIONS.items():
         if getattr(args, flag[2:]) is None:

@@ -1530,6 +1530,7 @@ def expect_stop(monkeypatch, *flags, script=simdino):
         (["--eps_sq", "0"], "--eps_sq"),
         (["--eps", "-1"], "--eps -1"),
         (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0"),
+        (["--batch_size_per_gpu", "8", "--batch_size", "0"], "--batch_size 0"),
         (["--group_size", "-1"], "--group_size -1"),
         (["--momentum_teacher", "1.5"], "--momentum_teacher"),
         (["--lr", "nan"], "--lr"),
@@ -3279,6 +3280,22 @@ def test_segmentation_learns_what_patches_show_and_counts_it_right(
     assert results["iou"] == pytest.approx(iou, abs=0.3)
     assert results["miou"] == pytest.approx(np.mean(iou), abs=0.3)
     assert results["pixel_accuracy"] == pytest.approx(100 * right / known, abs=0.3)
+
+
+def test_a_slow_probe_is_saved_every_15_minutes(base, monkeypatch, tmp_path):
+    steps, clock, write, fake = [], [0.0], eval_linear.write, SimpleNamespace(**vars(time))
+    fake.monotonic = lambda: clock.__setitem__(0, clock[0] + 400) or clock[0]
+
+    def writing(path, dump):
+        write(path, dump)
+        if path.name == "probe.pth":
+            steps.append(torch.load(path, weights_only=True)["step"])
+
+    monkeypatch.setattr(eval_linear, "write", writing)
+    monkeypatch.setattr(eval_linear, "time", fake)
+    flags = ["--cached", "--batch_size_per_gpu", 2, "--epochs", 1, "--output_dir", tmp_path]
+    evaluate(monkeypatch, *base, *flags)
+    assert steps[-1] == 40 and {10, 20, 30} & set(steps), "40 steps are looked at every 10"
 
 
 def test_segmentation_scores_of_a_matrix_worked_by_hand():

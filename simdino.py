@@ -1124,8 +1124,6 @@ def build(args, device):
     backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
     backbone.grad_checkpointing = args.grad_checkpointing
     head, n = ProjectionHead(shape["embed_dim"], args.hidden_dim), args.batch_size
-    if args.pretrained_weights:
-        load_pretrained(args.pretrained_weights, backbone, head)
     d = head.mlp[-1].out_features
     gamma = (d + n) / (d * n) if args.gamma is None else args.gamma
     loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, gamma, args.expa_type)
@@ -1172,12 +1170,12 @@ def main():
             render_patterns(root)
     with together():
         images, judged, why = open_images(args, root)
-        model = build(args, device)
-    run = vars(args) | {"image_list": digest(b"\0".join(images.names))}
-    if args.pretrained_weights:
-        run["pretrained_weights"] = digest(Path(args.pretrained_weights).read_bytes())
+        run = vars(args) | {"image_list": digest(b"\0".join(images.names))}
+        if args.pretrained_weights:
+            run["pretrained_weights"] = digest(Path(args.pretrained_weights).read_bytes())
     if len(set(meet(run["image_list"]))) > 1:
         stop(f"the processes do not find the same images in {images.root}", RANK == 0)
+    model = build(args, device)
     weights, cuda = sum(p.numel() for p in model.params), device.type == "cuda"
     n, size = args.batch_size, args.batch_size_per_gpu
     per_epoch = len(images) // n
@@ -1201,6 +1199,9 @@ def main():
             if log and log[-1]["epoch"] == done // per_epoch and done < end:
                 log.pop()  # that epoch goes on
             say(f"resumed {path} at step {done}, k-NN accuracy {log[-1]['knn'] if log else None}")
+        elif args.pretrained_weights:
+            load_pretrained(args.pretrained_weights, model.student.backbone, model.student.head)
+            model.teacher.load_state_dict(model.student.state_dict())
         if RANK == 0 and shutil.disk_usage(output).free < 16 * weights:
             stop(f"--output_dir {output} has no room for a checkpoint of {16e-9 * weights:.2g} GB")
     prepare(model, args.compile)

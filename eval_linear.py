@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
@@ -412,8 +413,9 @@ def read_safetensors(path):
     for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            x = data[start + begin : start + end]
-            tensors[name] = torch.frombuffer(x, dtype=types[entry["dtype"]]).view(entry["shape"])
+            x, dtype = data[start + begin : start + end], types[entry["dtype"]]
+            x = torch.frombuffer(x, dtype=dtype) if x else torch.empty(0, dtype=dtype)
+            tensors[name] = x.view(entry["shape"])
     return tensors
 
 
@@ -485,6 +487,8 @@ def load_backbone(path, key="teacher", num_heads=None):
 
 def export(model, path):
     """Write the weights as timm names them; -> the code that loads them there."""
+    if path.suffix != ".pth" or path.exists():
+        stop(f"--export {path}: give the name of a new .pth file")
     state, width = model.state_dict(), model.norm.weight.numel()
     depth, num_heads = len(model.blocks), model.blocks[0].attn.num_heads
     shape = f"img_size={model.side * model.patch_size}, patch_size={model.patch_size}, "
@@ -492,7 +496,8 @@ def export(model, path):
     if "blocks.0.ls1.gamma" in state:
         shape += ", init_values=1"
     if "register_tokens" in state:  # timm gives no position to CLS: ours is added to it
-        state["reg_token"] = state.pop("register_tokens")
+        if (registers := state.pop("register_tokens")).numel():
+            state["reg_token"] = registers
         first, state["pos_embed"] = state["pos_embed"].tensor_split([1], dim=1)
         state["cls_token"] = state["cls_token"] + first
         shape += f", reg_tokens={model.first_patch - 1}, no_embed_class=True"
@@ -579,11 +584,11 @@ def knn_accuracies(train, val, neighbours=(10, 20, 100, 200), temperature=0.07):
     label = torch.zeros(len(z), k, dtype=torch.long, device=z.device)
     for bank, of in zip(*(column.split(2**16) for column in train)):
         bank = F.normalize(bank.float(), dim=-1)
-        for part in torch.arange(len(z)).split(256):
-            here = slice(int(part[0]), int(part[-1]) + 1)
+        for first in range(0, len(z), 256):
+            here = slice(first, first + 256)
             cosine = (z[here] @ bank.mT).masked_fill_(of < 0, -math.inf)
             nearest[here], at = torch.cat([nearest[here], cosine], dim=1).topk(k)
-            label[here] = torch.cat([label[here], of.expand(len(part), -1)], dim=1).gather(1, at)
+            label[here] = torch.cat([label[here], of.expand(len(cosine), -1)], dim=1).gather(1, at)
     hits = torch.zeros(len(neighbours), device=z.device)
     weight = (nearest / temperature).exp()
     for i, k in enumerate(neighbours):
@@ -592,7 +597,7 @@ def knn_accuracies(train, val, neighbours=(10, 20, 100, 200), temperature=0.07):
             hits[i] += (votes.scatter_add_(1, of, w).argmax(1) == true).sum()
     if WORLD > 1:
         dist.all_reduce(hits)
-    return dict(zip(neighbours, (100 * hits / int(keep.sum())).tolist()))
+    return dict(zip(neighbours, (100 * hits / max(1, int(keep.sum()))).tolist()))
 
 
 class Probe(nn.Module):
@@ -748,7 +753,7 @@ class PatchProbe(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, z, size):  # (B, h, w, D) -> (B, candidates, classes, *size)
+    def forward(self, z):  # (B, h, w, D) -> (B, classes, h, w) of each candidate
         moments = self.moments
         if self.training:  # those of the tokens of all processes
             moments = torch.stack([z.mean((0, 1, 2)), z.square().mean((0, 1, 2))]) / WORLD
@@ -756,14 +761,20 @@ class PatchProbe(nn.Module):
                 dist.all_reduce(moments)
             self.moments.lerp_(moments, 0.1)
         mean, square = moments
-        z = (z - mean) / (square - mean**2 + 1e-5).sqrt()
-        scores = F.interpolate(self.head(z).movedim(-1, 1), size, mode="bilinear")
-        return scores.unflatten(1, (len(PATCH_RATES), -1))
+        z = (z - mean) / ((square - mean**2).clamp(min=0) + 1e-5).sqrt()
+        return self.head(z).movedim(-1, 1).chunk(len(PATCH_RATES), dim=1)
 
-    def losses(self, z, y):  # y (B, H, W), -1: void
-        scores = self(z, y.shape[1:]).transpose(1, 2)  # (B, classes, candidates, H, W)
-        y = y[:, None].expand(-1, len(PATCH_RATES), -1, -1)
-        return F.cross_entropy(scores, y, reduction="none", ignore_index=-1).mean((0, 2, 3))
+    @staticmethod
+    def loss(scores, y):  # y (B, H, W), -1: void
+        scores = upsample(scores, y.shape[1:])
+        return F.cross_entropy(scores, y, reduction="none", ignore_index=-1).mean()
+
+    def losses(self, z, y):  # one candidate's scores of all pixels at a time are kept
+        return torch.stack([checkpoint(self.loss, x, y, use_reentrant=False) for x in self(z)])
+
+
+def upsample(scores, size):  # (B, classes, h, w) -> (B, classes, *size)
+    return F.interpolate(scores.contiguous(), size, mode="bilinear")
 
 
 @torch.no_grad()
@@ -772,7 +783,8 @@ def confusions(probe, source, classes):
     device = probe.moments.device
     counts = torch.zeros(len(PATCH_RATES), classes**2, dtype=torch.long, device=device)
     for z, y in source:
-        for count, given in zip(counts, probe(z, y.shape[1:]).argmax(2).unbind(1)):
+        for count, scores in zip(counts, probe(z)):
+            given = upsample(scores, y.shape[1:]).argmax(1)
             count += torch.bincount((classes * y + given)[y >= 0], minlength=classes**2)
     if WORLD > 1:
         dist.all_reduce(counts)
@@ -797,9 +809,16 @@ def segment(args, model, embed, device):
         with or_stop("cannot segment"):
             size = args.segment or load_image(root / "train" / os.fsdecode(names[0])).shape[1:]
             size = [side // patch * patch for side in size]
-            classes = 1 + max(int(load_mask(mask, args.ignore_index).max()) for mask in masks)
-            if max(int(load_mask(mask, args.ignore_index).max()) for mask in val[1]) >= classes:
-                raise ValueError(f"{val[1][0]}: classes above {classes - 1}, the last of train/")
+            content, highest = hashlib.sha256(), []
+            for path in (*masks, *val[1]):
+                mask = load_mask(path, args.ignore_index)
+                content.update(mask.numpy().tobytes())
+                highest.append(int(mask.max()))
+            classes, last = 1 + max(highest[: len(masks)]), max(highest[len(masks) :])
+            if not 0 <= last < classes:
+                raise ValueError(
+                    f"{held_out}_masks/ goes to class {last}, train_masks/ to {classes - 1}"
+                )
         if args.segment and size != args.segment:
             stop(f"--segment {args.segment} is not made of multiples of the patch, {patch}")
         if classes < 2 or min(size) == 0:
@@ -813,7 +832,7 @@ def segment(args, model, embed, device):
         train = scenes(root / "train", names[part], masks[part], flip=True)
         judged = [scenes(root / "train", names[held], masks[held], flip=False)]
         judged.append(scenes(root / held_out, *val, flip=False))
-        run, state = open_run(args, [train, *judged])
+        run, state = open_run(args, [train, *judged], masks=content.hexdigest()[:16])
     meet_or_stop(args, run, state)
     say(f"{len(names)} training images of {size}, {len(val[0])} to judge by, {classes} classes")
 
@@ -856,7 +875,7 @@ def draw_scenes(scenes, probe, tokens, best, rows=4):
     for i in np.linspace(0, len(scenes) - 1, min(rows, len(scenes))).astype(int).tolist():
         image, mask, problem = scenes[i]
         z, y = next(tokens([(image[None], mask[None], problem)]))
-        maps = probe(z, mask.shape)[0, best].argmax(0), y[0]
+        maps = upsample(probe(z)[best], mask.shape)[0].argmax(0), y[0]
         maps = [colours[x.cpu().numpy() % 256] for x in maps]
         lines.append(np.concatenate([image.permute(1, 2, 0).numpy(), *maps], axis=1))
     return Image.fromarray(np.concatenate(lines))
@@ -955,6 +974,8 @@ def parse_args(argv=None):
         refuse(f"--resize_size {args.resize_size} is smaller than --crop_size {args.crop_size}")
     if not args.data_path and not args.export and len(args.pictures or []) < 2:
         refuse("--data_path is needed: a folder that holds train/ and val/ or test/")
+    if args.segment is not None and args.pictures:
+        refuse("--segment draws its own picture: leave out --pictures")
     if args.segment is not None and (len(args.segment) not in (0, 2) or not args.epochs):
         refuse("--segment takes no number or two, H and W, and at least one of --epochs")
     args.batch_size_per_gpu = args.batch_size_per_gpu or (128 if args.segment is None else 8)
@@ -1036,7 +1057,7 @@ def same_run(old, new):
 FREE = "weights data_path output_dir pictures export batch_size_per_gpu num_workers saveckp_freq"
 
 
-def open_run(args, splits):
+def open_run(args, splits, **more):
     """Lock the output folder; -> what the run is; the state of its probe to go on from, or {}."""
     output = Path(args.output_dir)
     path, results_path = output / "probe.pth", output / "results.json"
@@ -1046,7 +1067,7 @@ def open_run(args, splits):
         split[0]  # ends here if no image can be read
     run = {name: value for name, value in vars(args).items() if name not in FREE.split()}
     run["weights_sha256"] = digest(Path(args.weights).read_bytes())
-    run |= {"images": [len(split) for split in splits]}
+    run |= {"images": [len(split) for split in splits], **more}
     run["image_lists"] = [digest(b"\0".join(split.names)) for split in splits]
     with or_stop(f"cannot use {results_path}: choose another --output_dir"):
         if results_path.exists():
@@ -1105,6 +1126,8 @@ def classify(args, model, embed, centre, data, device, dtype):
     # The probe
     order = order[(labels >= 0).cpu().numpy()[order]]
     held, part = np.split(order, [count])
+    if len(part) < args.batch_size:
+        stop(f"{len(part)} readable images are less than a step", RANK == 0)
     names, of = images[0].names, images[0].labels
     if args.cached:
         held_features, held_labels = features[held], labels[held]

@@ -975,8 +975,9 @@ def read_safetensors(path):
     for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            x = data[start + begin : start + end]
-            tensors[name] = torch.frombuffer(x, dtype=types[entry["dtype"]]).view(entry["shape"])
+            x, dtype = data[start + begin : start + end], types[entry["dtype"]]
+            x = torch.frombuffer(x, dtype=dtype) if x else torch.empty(0, dtype=dtype)
+            tensors[name] = x.view(entry["shape"])
     return tensors
 
 

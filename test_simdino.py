@@ -2769,8 +2769,27 @@ def test_timm_loads_an_exported_backbone_strictly_by_the_line_printed(
     with torch.no_grad():
         expected = model.get_intermediate_layers(x)[0][:, 0]
         torch.testing.assert_close(names["model"].eval()(x), expected, rtol=1e-5, atol=1e-4)
+    flags = ["--weights", tmp_path / "w.pth", "--export"]
+    assert "a new .pth" in stopped(evaluate, monkeypatch, *flags, out), "never written over"
+    assert "a new .pth" in stopped(evaluate, monkeypatch, *flags, tmp_path / "x.safetensors")
     again, _ = eval_linear.load_backbone(out)  # and back
     torch.testing.assert_close(again.get_intermediate_layers(x)[0][:, 0], expected)
+
+
+def test_a_backbone_without_registers_is_exported_too(monkeypatch, tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    model = simdinov2.VisionTransformer(32, 8, 96, 4, 3, num_register_tokens=0).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    (tmp_path / "w.safetensors").write_bytes(safetensors(model.state_dict()))
+    for name in "w.pth", "w.safetensors":
+        out = tmp_path / f"{name}.pth"
+        evaluate(monkeypatch, "--weights", tmp_path / name, "--export", out)
+        shape = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
+        shape |= {"num_classes": 0, "init_values": 1, "reg_tokens": 0, "no_embed_class": True}
+        theirs, x = timm.models.VisionTransformer(**shape).eval(), torch.randn(1, 3, 32, 32)
+        theirs.load_state_dict(torch.load(out, weights_only=True), strict=True)
+        torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-5)
+    assert "reg_tokens=0, no_embed_class=True" in capsys.readouterr().out
 
 
 def safetensors(tensors):
@@ -3270,7 +3289,8 @@ def test_segmentation_learns_what_patches_show_and_counts_it_right(
         x = eval_linear.load_image(streets / "val" / "a" / f"{i}.jpg")[None]
         true = np.array(Image.open(streets / "val_masks" / "a" / f"{i}.png"))
         with torch.no_grad():
-            scores = probe(eval_linear.encode_patches(model, x), (32, 48))[0, best]
+            scores = probe(eval_linear.encode_patches(model, x))[best]
+            scores = F.interpolate(scores, (32, 48), mode="bilinear")[0]
         given = scores.argmax(0).numpy()
         valid = true != 9
         right, known = right + (given == true)[valid].sum(), known + valid.sum()
@@ -3297,6 +3317,20 @@ def test_a_slow_probe_is_saved_every_15_minutes(base, monkeypatch, tmp_path):
     flags = ["--cached", "--batch_size_per_gpu", 2, "--epochs", 1, "--output_dir", tmp_path]
     evaluate(monkeypatch, *base, *flags)
     assert steps[-1] == 40 and {10, 20, 30} & set(steps), "40 steps are looked at every 10"
+
+
+def test_constant_channels_of_patch_tokens_stay_finite():
+    z = 20 + 1e-3 * torch.randn(4, 5, 6, 8)
+    probe = eval_linear.PatchProbe(8, 3)
+    assert probe.losses(z, torch.zeros(4, 40, 48, dtype=torch.long)).isfinite().all()
+
+
+def test_knn_of_fewer_images_than_processes(monkeypatch):
+    monkeypatch.setattr(eval_linear, "RANK", 3)
+    train, val = torch.randn(30, 4), torch.randn(2, 4)
+    slices = (train, torch.arange(30) % 2), (val, torch.tensor([0, 1]))
+    monkeypatch.setattr(eval_linear, "WORLD", 1)
+    assert len(eval_linear.knn_accuracies(*slices)) == 4
 
 
 def test_segmentation_scores_of_a_matrix_worked_by_hand():
@@ -3363,11 +3397,18 @@ def test_data_that_cannot_be_segmented_get_one_line(base, streets, monkeypatch, 
     assert "3.png" in message(copy)
     Image.new("L", (24, 16), 2).save(mask)  # of another size, and a palette: they work
     palette_mask(4, copy / "val_masks" / "a" / "2.png")
-    assert "classes above 2" in message(copy)
+    assert "goes to class 4, train_masks/ to 2" in message(copy)
     palette_mask(1, copy / "val_masks" / "a" / "2.png")
     (copy / "val" / "a" / "5.jpg").write_bytes(b"no image")
     evaluate(monkeypatch, *segmenting(base, copy, tmp_path / "works", "--epochs", 1))
     assert results_of(tmp_path / "works")["segmentation"]["pixel_accuracy"] > 0
+    palette_mask(2, copy / "val_masks" / "a" / "2.png")
+    flags = segmenting(base, copy, tmp_path / "works", "--epochs", 1)
+    assert "its masks" in stopped(evaluate, monkeypatch, *flags), "other masks are another run"
+    for path in (copy / "val_masks" / "a").iterdir():
+        palette_mask(9, path)
+    assert "class -1" in message(copy), "nothing but void"
+    assert "--pictures" in message(copy, "--pictures", "x.png")
 
 
 # ----------------------------------------------------------------------------------- the README

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What the features of a vision transformer are worth: k-NN, linear probe, pictures.
+"""What the features of a vision transformer are worth: k-NN, linear probes, pictures.
 
     torchrun --nproc_per_node=8 eval_linear.py --weights FILE --data_path /imagenet
     torchrun --nproc_per_node=8 eval_linear.py --weights FILE --data_path /imagenet --cached
     python eval_linear.py --weights FILE --data_path CIFAR --resize_size 32 --crop_size 32
+    python eval_linear.py --weights FILE --data_path SCENES --segment    # patches, not pictures
     python eval_linear.py --weights FILE --pictures OUT.png PHOTO...
+    python eval_linear.py --weights FILE --export OUT.pth                # the backbone, for timm
 
 FILE: a checkpoint of simdino.py, simdinov2.py, the official SimDINO(v2), DINO(v2) or timm; the
-architecture is read off its tensors. The first command runs DINO's weighted k-NN, then DINO's 100
+architecture is read off its tensors, but for the heads of unusual widths. The first command runs DINO's weighted k-NN, then DINO's 100
 epochs on random crops for DINOv2's 52 linear classifiers side by side, the best chosen on images
 held out of train/ and only then tried on val/. --cached trains them on the features of one central
 crop an image: one pass of the backbone instead of 101. On 5,000 images of CIFAR-10 (vit_nano, 30

@@ -9,11 +9,12 @@
     python eval_linear.py --weights FILE --export OUT.pth                # the backbone, for timm
 
 FILE: a checkpoint of simdino.py, simdinov2.py, the official SimDINO(v2), DINO(v2) or timm; the
-architecture is read off its tensors, but for the heads of unusual widths. The first command runs DINO's weighted k-NN, then DINO's 100
-epochs on random crops for DINOv2's 52 linear classifiers side by side, the best chosen on images
-held out of train/ and only then tried on val/. --cached trains them on the features of one central
-crop an image: one pass of the backbone instead of 101. On 5,000 images of CIFAR-10 (vit_nano, 30
-epochs, 2,000 test images) it gave 38.2 % instead of 38.1 %, in 10 seconds instead of 9 minutes.
+architecture is read off its tensors, but for the heads of unusual widths. The first command runs
+DINO's weighted k-NN, then DINO's 100 epochs on random crops for DINOv2's 52 linear classifiers side
+by side, the best chosen on images held out of train/ and only then tried on val/. --cached trains
+them on the features of one central crop an image: one pass of the backbone instead of 101. On 5,000
+images of CIFAR-10 (vit_nano, 30 epochs, 2,000 test images) it gave 38.2 % instead of 38.1 %, in 10
+seconds instead of 9 minutes.
 
 k-NN and probe: "Emerging Properties", Caron et al., arXiv 2104.14294; the grid of classifiers:
 "DINOv2", Oquab et al., arXiv 2304.07193.

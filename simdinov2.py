@@ -1165,10 +1165,8 @@ def load_pretrained(path, backbone, head):
     except RuntimeError as error:  # lists what is missing, left over or of another shape
         text = " ".join(str(error).split())
         stop(f"{path} does not fit this --arch, --patch_size and method: {text}")
-    fits = {k: x.shape for k, x in mlp.items()} == {
-        k: x.shape for k, x in head.state_dict().items()
-    }
-    if fits:
+    shapes = [{k: x.shape for k, x in part.items()} for part in (mlp, head.state_dict())]
+    if fits := shapes[0] == shapes[1]:
         head.load_state_dict(mlp)
     left_out |= {"head.mlp"} if mlp and not fits else set()
     text = "backbone and head" if fits else "backbone; the head starts anew"

@@ -1001,8 +1001,8 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--seed": (0, 0, (0, INF), "of weights, order, views, masks, augmentation, depth"),
 }
 # What may differ when a run is resumed; all else is the run.
-FREE = "data_path output_dir compile grad_checkpointing eps epochs amp num_workers saveckp_freq "
-FREE += "eval_freq max_steps"
+FREE = "data_path output_dir compile grad_checkpointing small_images eps epochs amp num_workers "
+FREE += "saveckp_freq eval_freq max_steps"
 
 
 def parse_args(argv=None):
@@ -1013,6 +1013,8 @@ def parse_args(argv=None):
     text = "start from the backbone (and head) in FILE: ours, official SimDINO(v2), DINO(v2), timm"
     parser.add_argument("--pretrained_weights", metavar="FILE", help=text)
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    text = "with --data_path: the defaults of the built-in data, for images of some 32 pixels"
+    parser.add_argument("--small_images", action="store_true", help=text)
     text = "compute the activations of a block again in the backward pass: slower, less memory"
     parser.add_argument("--grad_checkpointing", action="store_true", help=text)
     for flag, (built_in, imagenet, allowed, text) in OPTIONS.items():
@@ -1026,9 +1028,10 @@ def parse_args(argv=None):
         refuse("--data_path is empty")
     if args.batch_size_per_gpu and args.batch_size is None:  # as in DINO: a step of one round
         args.batch_size = args.batch_size_per_gpu * WORLD
+    small = args.small_images or not args.data_path
     for flag, (built_in, imagenet, allowed, _) in OPTIONS.items():
         if getattr(args, flag[2:]) is None:
-            setattr(args, flag[2:], imagenet if args.data_path else built_in)
+            setattr(args, flag[2:], built_in if small else imagenet)
         value = getattr(args, flag[2:])
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, str | None):

@@ -1366,6 +1366,16 @@ def test_official_flags_mean_what_they_mean_there(monkeypatch):
     assert simdino.parse_args([*official, "--group_size", "32"]).eps_sq == pytest.approx(0.8)
 
 
+SMALL_IMAGES = "--data_path x --small_images"
+
+
+def test_small_images_have_the_defaults_of_the_built_in_data(script):
+    built_in, small = (vars(script.parse_args(flags.split())) for flags in ("", SMALL_IMAGES))
+    differ = {key for key in built_in if built_in[key] != small[key]}
+    assert differ == {"data_path", "small_images"}
+    assert script.parse_args([*SMALL_IMAGES.split(), "--patch_size", "4"]).patch_size == 4
+
+
 def test_the_published_batch_is_the_default_for_any_number_of_gpus(monkeypatch):
     for world in 1, 2, 4, 8:
         for script, batch, own in (simdino, 512, 64), (simdinov2, 1024, 128):

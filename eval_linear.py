@@ -9,12 +9,12 @@
     python eval_linear.py --weights FILE --export OUT.pth                # the backbone, for timm
 
 FILE: a checkpoint of simdino.py, simdinov2.py, the official SimDINO(v2), DINO(v2) or timm; the
-architecture is read off its tensors, but for the heads of unusual widths. The first command runs
-DINO's weighted k-NN, then DINO's 100 epochs on random crops for DINOv2's 52 linear classifiers side
-by side, the best chosen on images held out of train/ and only then tried on val/. --cached trains
-them on the features of one central crop an image: one pass of the backbone instead of 101. On 5,000
-images of CIFAR-10 (vit_nano, 30 epochs, 2,000 test images) it gave 38.2 % instead of 38.1 %, in 10
-seconds instead of 9 minutes.
+architecture is read off its tensors; give --num_heads where the width is unusual. The first command
+runs DINO's weighted k-NN, then DINO's 100 epochs on random crops for 52 linear classifiers side by
+side (DINOv2's: 4 kinds of features x 13 learning rates), the best chosen on images held out of
+train/ and only then tried on val/. --cached trains them on the features of one central crop an
+image: one pass of the backbone instead of 101. On 5,000 images of CIFAR-10 (vit_nano, 30 epochs,
+2,000 test images) it gave 38.2 % instead of 38.1 %, in 10 seconds instead of 9 minutes.
 
 k-NN and probe: "Emerging Properties", Caron et al., arXiv 2104.14294; the grid of classifiers:
 "DINOv2", Oquab et al., arXiv 2304.07193.
@@ -36,7 +36,6 @@ from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import chain
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -72,6 +71,8 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """Factors of a branch's channels; small ones start a deep ViT close to the identity."""
+
     def __init__(self, dim, value):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
@@ -98,7 +99,10 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The ViT of SimDINO (registers None) and of SimDINOv2, without what only training needs."""
+    """The ViT of SimDINO and of SimDINOv2, without what only training needs.
+
+    registers None: its position grid is resized as DINO does.
+    """
 
     def __init__(self, side, patch_size, embed_dim, depth, num_heads, registers, layerscale):
         super().__init__()
@@ -120,7 +124,7 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         cls, grid = self.pos_embed.split([1, self.side**2], dim=1)
         grid = grid.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
-        if self.register_tokens is None:  # DINO, and DINOv2 without registers
+        if self.register_tokens is None:  # the 0.1 is DINO's, against rounding
             factor = ((h + 0.1) / self.side, (w + 0.1) / self.side)
             grid = F.interpolate(grid, scale_factor=factor, mode="bicubic")
         else:
@@ -159,7 +163,7 @@ SCRIPT = Path(__file__)
 RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # clears the line it is printed on
 SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
 MEMORY = "(if memory is short: --num_workers 0, a larger /dev/shm: docker's --shm-size)"
 BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
@@ -171,11 +175,11 @@ def start_process():
     """The device of this process, which joins the others."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if cuda and LOCAL_RANK >= torch.cuda.device_count():
-        stop(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
     if cuda:
+        if LOCAL_RANK >= torch.cuda.device_count():
+            stop(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # as in matrix products: float32 is float32
+        torch.backends.cudnn.allow_tf32 = False  # off by default for matrix products, not here
     atexit.register(end_workers)
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -236,7 +240,7 @@ def say(text, end="\n"):
 
 
 def answer(number, _):
-    """Of SIGINT and SIGTERM: the process ends, or, if it is BUSY, does so after a checkpoint."""
+    """Handler of SIGINT and SIGTERM: ends the process or, if BUSY, lets it save first."""
     if not BUSY:
         say(f"{signal.Signals(number).name}: {SCRIPT.name} ends")
         raise SystemExit(128 + number)
@@ -244,7 +248,7 @@ def answer(number, _):
 
 
 def last_words(kind, error, trace):
-    """A traceback; one line where another process has ended first, or one that loads data."""
+    """As sys.excepthook: one line if another process or a worker ended first, or the traceback."""
     if WORLD > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
         line = f"{SCRIPT.name}: process {RANK} ends, as another one has, most likely"
         print(f"{line} ({reason(error)})", file=sys.stderr)
@@ -261,8 +265,8 @@ def ignore_signals(_):
 
 
 def end_workers():
-    """At the end: of data loading processes, which answer no other signal."""
-    if hasattr(signal, "SIGCHLD"):  # PyTorch's answer is an error
+    """At exit: kill the data loading processes, which ignore other signals."""
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler raises when a worker dies
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in active_children():
         worker.kill()
@@ -311,7 +315,7 @@ def normalize(x):
 
 
 class Images(Dataset):
-    """images[epoch * len + i] -> transform(image i), its label, "".
+    """images[epoch * len + i] -> transform(image i), its label, what could not be read or "".
 
     What is drawn for it depends on (seed, epoch, i) alone, not on the worker. Another image, drawn
     likewise, takes the place of one that cannot be read; the last item then says which and why.
@@ -372,15 +376,15 @@ def find_data(root):
     inside = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry))
     split, val, why = root / "train", None, f"{root} has no val/ or test/ but {inside[:5]}"
     if not split.is_dir():
-        odd = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"
-        if found := [name for name in inside if re.fullmatch(odd, name)]:
+        split_like = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"
+        if found := [name for name in inside if re.fullmatch(split_like, name)]:
             stop(f"{root} has {found} but no train/: rename one, or give it as --data_path")
         split = root
     with or_stop(f"cannot list {split}"):
         names = find_images(split)
     folders = [class_of(name) for name in names]
     classes = {name: i for i, name in enumerate(sorted(set(folders) - {None}))}
-    for held_out in (root / "val", root / "test") if split != root else ():
+    for held_out in (root / "val", root / "test"):
         if val or not held_out.is_dir():
             continue
         with or_stop(f"cannot list {held_out}"):
@@ -393,7 +397,7 @@ def find_data(root):
         elif unknown:
             why = f"of the class folders of {held_out} {', '.join(unknown[:5])} are not in {split}"
         else:
-            val = held_out, judged, [classes[class_of(name)] for name in judged]
+            val, why = (held_out, judged, [classes[class_of(name)] for name in judged]), ""
     return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
 
 
@@ -402,7 +406,7 @@ def find_data(root):
 WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
 HEADS = {"head", "dino_head", "ibot_head"}  # used in training; timm's classifier
 # Beside tensors, official checkpoints hold their arguments and NumPy's learning rates.
-SCALAR = np.float64(0).__reduce__()[0]  # its unpickler, of one name in NumPy 1, another in NumPy 2
+SCALAR = np.float64(0).__reduce__()[0]  # rebuilds it; NumPy 1 and 2 pickle it by different names
 SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 SAFE += [argparse.Namespace, np.dtype, type(np.dtype("float64"))]
 
@@ -423,7 +427,7 @@ def read_safetensors(path):
 
 
 def read_weights(path, key="teacher"):
-    """-> tensors of the backbone and of the head's mlp in path, by the names used here; the rest.
+    """-> tensors of the backbone and of the head's mlp in path, by the names used here; what is left.
 
     path: a checkpoint, which has them under key or "model", or the tensors alone, of simdino.py,
     simdinov2.py, the official SimDINO(v2), DINO, DINOv2, timm; .pth or .safetensors.
@@ -434,12 +438,11 @@ def read_weights(path, key="teacher"):
             state = read_safetensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    weights = state
-    if isinstance(state, dict):
-        weights = state.get(key, state.get("model", state))
+    if not isinstance(state, dict):
+        state = {type(state).__name__: state}
+    weights = state.get(key, state.get("model", state))
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        names = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        stop(f"no weights under {key} in {path}; what it has: {names}")
+        stop(f"no weights under {key} in {path}; what it has: {', '.join(map(str, state))}")
 
     tensors, mlp, left_out = {}, {}, set()
     for name, tensor in weights.items():
@@ -489,7 +492,7 @@ def load_backbone(path, key="teacher", num_heads=None):
 
 
 def export(model, path):
-    """Write the weights as timm names them; -> the code that loads them there."""
+    """Write the weights as timm names them; print the code that loads them there."""
     if path.suffix != ".pth" or path.exists():
         stop(f"--export {path}: give the name of a new .pth file")
     state, width = model.state_dict(), model.norm.weight.numel()
@@ -504,24 +507,23 @@ def export(model, path):
         first, state["pos_embed"] = state["pos_embed"].tensor_split([1], dim=1)
         state["cls_token"] = state["cls_token"] + first
         shape += f", reg_tokens={model.first_patch - 1}, no_embed_class=True"
-    state = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    state = {name: tensor.cpu().clone() for name, tensor in state.items()}
     write(path, partial(torch.save, state))
-    return (
-        f"model = timm.models.VisionTransformer({shape}); "
-        f'model.load_state_dict(torch.load("{path}", weights_only=True), strict=True)'
-    )
+    load = f'model.load_state_dict(torch.load("{path}", weights_only=True), strict=True)'
+    say(f"model = timm.models.VisionTransformer({shape}); {load}")
 
 
 # ---------------------------------------------------------------------------- features, k-NN, probe
 
 BLOCKS = 4
-KINDS = {  # of features, out of: CLS of each of the last 4 blocks, mean patch of the last one
+KINDS = {  # rows of the features (5, D) of an image: CLS of the last 4 blocks, mean patch
     "1 block": slice(-2, -1),
     "1 block + patches": slice(-2, None),
     "4 blocks": slice(0, -1),
     "4 blocks + patches": slice(0, None),
 }
-RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # DINOv2's
+# DINOv2's, for 256 images.
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
 def eta(clock, done, total):
@@ -538,33 +540,38 @@ def encode(model, x):
     return torch.cat([*(tokens[:, 0] for tokens in layers), patches], dim=-1).float()
 
 
-def extract(embed, images, loader, columns, dtype, device):
-    """Columns of the features, (n, D), and labels (n,) of all images on every process.
+def embedded(embed, args, device, images, **how):
+    """Features, labels and problems of each batch of images; how: DataLoader draws them."""
+    workers = {"num_workers": args.num_workers, "worker_init_fn": ignore_signals}
+    for x, y, problems in DataLoader(images, pin_memory=device.type == "cuda", **workers, **how):
+        yield embed(x), y.to(device, non_blocking=True), problems
 
-    Label -1: cannot be read.
-    """
+
+def extract(images, load, columns, dtype, device):
+    """Columns of the features, (n, D), and labels (n,) of all images on every process; label -1:
+    cannot be read."""
     n, share = len(images), math.ceil(len(images) / WORLD)
-    done = RANK * share
-    indices = [i % n for i in range(done, done + share)]  # the surplus is cut below
+    first = done = RANK * share
+    indices = [i % n for i in range(first, first + share)]  # the surplus is cut below
     features = torch.empty(WORLD * share, len(columns), dtype=dtype, device=device)
     labels = torch.empty(WORLD * share, dtype=torch.long, device=device)
     clock, unread = time.perf_counter(), []
     with together(), or_stop(f"cannot load images {MEMORY}"):
-        for x, label, problems in loader(images, batch_size=128, sampler=indices):
-            bad = torch.tensor([problem > "" for problem in problems])
+        for z, label, problems in load(images, batch_size=128, sampler=indices):
+            bad = torch.tensor([problem > "" for problem in problems], device=device)
             unread += filter(None, problems)
-            rows = slice(done, done + len(x))
-            features[rows] = embed(x)[:, columns.start : columns.stop]
-            labels[rows] = label.masked_fill(bad, -1).to(device)
-            done += len(x)
-            say("features of image " + eta(clock, done - RANK * share, share), end="")
+            rows = slice(done, done + len(z))
+            features[rows] = z[:, columns.start : columns.stop]
+            labels[rows] = label.masked_fill(bad, -1)
+            done += len(z)
+            say("features of image " + eta(clock, done - first, share), end="")
     if WORLD > 1:
         for column in features, labels:
             for rank, rows in enumerate(column.split(share)):
                 dist.broadcast(rows, rank)
     if not torch.stack(features[:n].aminmax()).isfinite().all():  # needs no memory, finds NaN too
         stop("the features are not finite: try --amp off, or other --weights", RANK == 0)
-    unread = list(dict.fromkeys(chain(*meet(unread))))  # each once, whatever the surplus
+    unread = sorted({problem for some in meet(unread) for problem in some})
     for problem in unread[:5]:
         say(f"unreadable, left out: {problem}")
     if unread:
@@ -577,40 +584,34 @@ def knn_accuracies(train, val, neighbours=(10, 20, 100, 200), temperature=0.07):
     """Top-1 accuracy on val in per cent, for each number of neighbours in train.
 
     They vote with exp(cosine / temperature). train, val: features (n, D), labels (n,), -1 for none,
-    the same on every rank; a rank judges its share of val. Takes the rows of train in parts, so
-    that features in half precision are never all copied to another type.
+    the same on every rank; a rank judges its share of val.
     """
-    labels, keep = train[1], val[1] >= 0
-    z, y = F.normalize(val[0][keep][RANK::WORLD].float(), dim=-1), val[1][keep][RANK::WORLD]
-    k = min(max(neighbours), int((labels >= 0).sum()))
-    nearest = torch.full((len(z), k), -math.inf, device=z.device)  # cosines
-    label = torch.zeros(len(z), k, dtype=torch.long, device=z.device)
-    for bank, of in zip(*(column.split(2**16) for column in train)):
-        bank = F.normalize(bank.float(), dim=-1)
-        for first in range(0, len(z), 256):
-            here = slice(first, first + 256)
-            cosine = (z[here] @ bank.mT).masked_fill_(of < 0, -math.inf)
-            nearest[here], at = torch.cat([nearest[here], cosine], dim=1).topk(k)
-            label[here] = torch.cat([label[here], of.expand(len(cosine), -1)], dim=1).gather(1, at)
-    hits = torch.zeros(len(neighbours), device=z.device)
-    weight = (nearest / temperature).exp()
-    for i, k in enumerate(neighbours):
-        for w, of, true in zip(weight[:, :k].split(256), label[:, :k].split(256), y.split(256)):
-            votes = torch.zeros(len(w), int(labels.max()) + 1, device=z.device)
-            hits[i] += (votes.scatter_add_(1, of, w).argmax(1) == true).sum()
+    (bank, labels), keep = train, val[1] >= 0
+    k, classes = min(max(neighbours), int((labels >= 0).sum())), int(labels.max()) + 1
+    hits = torch.zeros(len(neighbours), device=bank.device)
+    for z, y in zip(*(column[keep][RANK::WORLD].split(256) for column in val)):
+        z = F.normalize(z.float(), dim=-1)
+        # In parts: features in half precision are never all copied to float32
+        cosine = [z @ F.normalize(part.float(), dim=-1).mT for part in bank.split(2**16)]
+        nearest, at = torch.cat(cosine, dim=1).masked_fill_(labels < 0, -math.inf).topk(k)
+        weight = (nearest / temperature).exp()
+        for i, few in enumerate(neighbours):
+            votes = torch.zeros(len(z), classes, device=z.device)
+            votes.scatter_add_(1, labels[at[:, :few]], weight[:, :few])
+            hits[i] += (votes.argmax(1) == y).sum()
     if WORLD > 1:
         dist.all_reduce(hits)
     return dict(zip(neighbours, (100 * hits / max(1, int(keep.sum()))).tolist()))
 
 
 class Probe(nn.Module):
-    """All candidates side by side: a linear classifier for each kind of features and each rate."""
+    """All candidates side by side: a candidate is a linear classifier, a kind of features, a rate."""
 
     def __init__(self, width, blocks, classes):
         super().__init__()
         self.width, self.heads = width, nn.ModuleList()
         for rows in KINDS.values():
-            dim = len(range(blocks + 1)[rows]) * width
+            dim = len(range(blocks + 1)[rows]) * width  # as many rows as the slice takes
             self.heads.append(nn.Linear(dim, len(RATES) * classes))
             nn.init.normal_(self.heads[-1].weight, std=0.01)
             nn.init.zeros_(self.heads[-1].bias)
@@ -640,7 +641,7 @@ def probe_accuracies(probe, features, labels):
 def fit(probe, rates, batches, n, args, run, state):
     """Train all candidates of the probe side by side, by SGD, for --epochs of n images.
 
-    batches(keys): features and labels of each step, probe.losses of which gives (candidates,).
+    batches(batch_sampler=keys): yields features and labels, whose probe.losses is (candidates,).
     Saved to probe.pth every --saveckp_freq epochs and 15 minutes; goes on from state, if any.
     """
     path, device = Path(args.output_dir) / "probe.pth", next(probe.parameters()).device
@@ -656,7 +657,7 @@ def fit(probe, rates, batches, n, args, run, state):
     lr = cosine_schedule(args.batch_size / 256, 0.0, total)
     clock, start, saved = time.perf_counter(), done, time.monotonic()
     BUSY.append("the probe")
-    for z, y in batches(block_keys(n, args, done, total)):
+    for z, y, *_ in batches(batch_sampler=block_keys(n, args, done, total)):
         losses = probe.losses(z, y)
         optimizer.zero_grad()
         # SGD on a loss times its rate is SGD at that rate: one optimizer for all candidates.
@@ -670,15 +671,18 @@ def fit(probe, rates, batches, n, args, run, state):
         epoch, i = divmod(done, per_epoch)
         if i and done % 10 and not (SIGNALS and WORLD == 1):
             continue
-        left, late = eta(clock, done - start, total - start), time.monotonic() - saved > 900
-        number, late = map(max, zip(*meet((max(SIGNALS, default=0), late))))
+
+        # Every 10 steps, at an epoch's end and, alone, at a signal
+        left = eta(clock, done - start, total - start)
+        number = max(meet(max(SIGNALS, default=0)))
+        late = max(meet(time.monotonic() - saved > 900))
         due = not i and (epoch % args.saveckp_freq == 0 or epoch == args.epochs)
         if number or late or due:
             saved = time.monotonic()
             with together():
                 if RANK == 0:
-                    state = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
-                    write(path, partial(torch.save, state | {"step": done, "run": run}))
+                    content = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
+                    write(path, partial(torch.save, content | {"step": done, "run": run}))
         if number:
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
             raise SystemExit(128 + number)
@@ -734,8 +738,8 @@ class Scenes(Images):
         return image, mask.fill_(-1) if problem else mask, problem
 
 
-def find_scenes(root, split):
-    """Names of the images below root/split, and the paths of their masks below root/split_masks."""
+def find_scenes(root, split, ignore):
+    """Names of the images below root/split; paths, highest class and digest of their masks."""
     with or_stop(f"cannot list {root / split}"):
         names = find_images(root / split)
     folder = os.fsencode(f"{root / split}_masks")
@@ -743,7 +747,12 @@ def find_scenes(root, split):
     missing = [os.fsdecode(mask) for mask in masks if not os.path.exists(mask)]
     if missing or not names:
         stop(f"{root / split}: {len(names)} images, {len(missing)} without a mask {missing[:1]}")
-    return names, masks
+    highest, content = -1, hashlib.sha256()
+    with or_stop("cannot segment"):
+        for mask in (load_mask(path, ignore) for path in masks):
+            highest = max(highest, int(mask.max()))
+            content.update(mask.numpy().tobytes())
+    return np.array(names), np.array(masks), highest, content.hexdigest()[:16]
 
 
 class PatchProbe(nn.Module):
@@ -762,7 +771,7 @@ class PatchProbe(nn.Module):
             moments = torch.stack([z.mean((0, 1, 2)), z.square().mean((0, 1, 2))]) / WORLD
             if WORLD > 1:
                 dist.all_reduce(moments)
-            self.moments.lerp_(moments, 0.1)
+            self.moments.lerp_(moments, 0.1)  # as BatchNorm does
         mean, square = moments
         z = (z - mean) / ((square - mean**2).clamp(min=0) + 1e-5).sqrt()
         return self.head(z).movedim(-1, 1).chunk(len(PATCH_RATES), dim=1)
@@ -772,7 +781,7 @@ class PatchProbe(nn.Module):
         scores = upsample(scores, y.shape[1:])
         return F.cross_entropy(scores, y, reduction="none", ignore_index=-1).mean()
 
-    def losses(self, z, y):  # one candidate's scores of all pixels at a time are kept
+    def losses(self, z, y):  # scores of all pixels are kept of one candidate at a time
         return torch.stack([checkpoint(self.loss, x, y, use_reentrant=False) for x in self(z)])
 
 
@@ -785,7 +794,7 @@ def confusions(probe, source, classes):
     """(candidates, classes, classes): how many pixels of each class were given which."""
     device = probe.moments.device
     counts = torch.zeros(len(PATCH_RATES), classes**2, dtype=torch.long, device=device)
-    for z, y in source:
+    for z, y, _ in source:
         for count, scores in zip(counts, probe(z)):
             given = upsample(scores, y.shape[1:]).argmax(1)
             count += torch.bincount((classes * y + given)[y >= 0], minlength=classes**2)
@@ -798,9 +807,9 @@ def segmentation_scores(counts):
     """Of one confusion matrix, %: mIoU over the classes that occur, pixel accuracy, IoU of each."""
     hits = counts.diagonal()
     iou = 100 * hits / (counts.sum(0) + counts.sum(1) - hits)  # NaN: neither there nor given
-    text = [None if math.isnan(value) else value for value in iou.tolist()]
+    known = [None if math.isnan(value) else value for value in iou.tolist()]
     accuracy = 100 * hits.sum() / counts.sum()
-    return {"miou": iou.nanmean().item(), "pixel_accuracy": accuracy.item(), "iou": text}
+    return {"miou": iou.nanmean().item(), "pixel_accuracy": accuracy.item(), "iou": known}
 
 
 def segment(args, model, embed, device):
@@ -808,20 +817,13 @@ def segment(args, model, embed, device):
     root, patch = Path(args.data_path), model.patch_size
     held_out = "val" if (root / "val").is_dir() else "test"
     with together():
-        (names, masks), val = find_scenes(root, "train"), find_scenes(root, held_out)
-        with or_stop("cannot segment"):
-            size = args.segment or load_image(root / "train" / os.fsdecode(names[0])).shape[1:]
-            size = [side // patch * patch for side in size]
-            content, highest = hashlib.sha256(), []
-            for path in (*masks, *val[1]):
-                mask = load_mask(path, args.ignore_index)
-                content.update(mask.numpy().tobytes())
-                highest.append(int(mask.max()))
-            classes, last = 1 + max(highest[: len(masks)]), max(highest[len(masks) :])
-            if not 0 <= last < classes:
-                raise ValueError(
-                    f"{held_out}_masks/ goes to class {last}, train_masks/ to {classes - 1}"
-                )
+        names, masks, last, content = find_scenes(root, "train", args.ignore_index)
+        *val, val_last, val_content = find_scenes(root, held_out, args.ignore_index)
+        classes = last + 1
+        if not 0 <= val_last < classes:
+            stop(f"{held_out}_masks/ goes to class {val_last}, train_masks/ to {last}")
+        size = args.segment or load_image(root / "train" / os.fsdecode(names[0])).shape[1:]
+        size = [side // patch * patch for side in size]
         if args.segment and size != args.segment:
             stop(f"--segment {args.segment} is not made of multiples of the patch, {patch}")
         if classes < 2 or min(size) == 0:
@@ -830,31 +832,22 @@ def segment(args, model, embed, device):
         held, part = np.split(order, [max(1, len(names) // 10)])
         if len(part) < args.batch_size:
             stop(f"{len(part)} images are fewer than a step of {args.batch_size}")
-        names, masks = np.array(names), np.array(masks)
         scenes = partial(Scenes, size=size, ignore=args.ignore_index, seed=args.seed)
         train = scenes(root / "train", names[part], masks[part], flip=True)
         judged = [scenes(root / "train", names[held], masks[held], flip=False)]
         judged.append(scenes(root / held_out, *val, flip=False))
-        run, state = open_run(args, [train, *judged], masks=content.hexdigest()[:16])
-    meet_or_stop(args, run, state)
+    run, state = open_run(args, [train, *judged], masks=[content, val_content])
     say(f"{len(names)} training images of {size}, {len(val[0])} to judge by, {classes} classes")
 
-    @torch.no_grad()
-    def tokens(loader):
-        for x, y, _ in loader:
-            yield embed(x), y.to(device, non_blocking=True)
-
-    def batches(keys):
-        return tokens(make_loader(args, device, train, batch_sampler=keys))
-
+    load = partial(embedded, embed, args, device)
     torch.manual_seed(seed_from(args.seed))
     probe = PatchProbe(model.norm.weight.numel(), classes).to(device)
-    fit(probe, PATCH_RATES, batches, len(part), args, run, state)
+    fit(probe, PATCH_RATES, partial(load, train), len(part), args, run, state)
     probe.eval()
     counts = []
-    for some in judged:
-        own = {"batch_size": args.batch_size_per_gpu, "sampler": range(RANK, len(some), WORLD)}
-        counts.append(confusions(probe, tokens(make_loader(args, device, some, **own)), classes))
+    for split in judged:
+        own = {"batch_size": args.batch_size_per_gpu, "sampler": range(RANK, len(split), WORLD)}
+        counts.append(confusions(probe, load(split, **own), classes))
     miou = [segmentation_scores(count)["miou"] for count in counts[0]]
     best = miou.index(max(miou))
     rate, scores = PATCH_RATES[best], segmentation_scores(counts[1][best])
@@ -865,21 +858,20 @@ def segment(args, model, embed, device):
     say(f"pixel accuracy {scores['pixel_accuracy']:.2f} %")
     with together():
         if RANK == 0:
-            picture = draw_scenes(judged[1], probe, tokens, best)
+            picture = draw_scenes(judged[1], probe, embed, best)
             write(Path(args.output_dir) / "segmentation.png", partial(picture.save, format="PNG"))
-    return run, {"segmentation": {"held_out_miou": by_rate, "best_lr": rate, **scores}}
+    return {"run": run, "segmentation": {"held_out_miou": by_rate, "best_lr": rate, **scores}}
 
 
 @torch.no_grad()
-def draw_scenes(scenes, probe, tokens, best, rows=4):
-    """A picture with a row for each of some scenes: image, what the probe says, mask."""
+def draw_scenes(scenes, probe, embed, best):
+    """A picture with a row for each of four scenes: image, what the probe says, mask."""
     colours = np.random.default_rng(1).integers(30, 256, (256, 3), dtype=np.uint8)
     colours[-1], lines = 0, []  # void: black
-    for i in np.linspace(0, len(scenes) - 1, min(rows, len(scenes))).astype(int).tolist():
-        image, mask, problem = scenes[i]
-        z, y = next(tokens([(image[None], mask[None], problem)]))
-        maps = upsample(probe(z)[best], mask.shape)[0].argmax(0), y[0]
-        maps = [colours[x.cpu().numpy() % 256] for x in maps]
+    for i in np.linspace(0, len(scenes) - 1, min(4, len(scenes))).astype(int).tolist():
+        image, mask, _ = scenes[i]
+        given = upsample(probe(embed(image[None]))[best], mask.shape)[0].argmax(0).cpu()
+        maps = [colours[x.numpy() % 256] for x in (given, mask)]
         lines.append(np.concatenate([image.permute(1, 2, 0).numpy(), *maps], axis=1))
     return Image.fromarray(np.concatenate(lines))
 
@@ -917,14 +909,12 @@ def draw(model, paths, transform, out, tile=168, gap=4):
     picture = Image.new("RGB", size, "white")
     for column, (name, values) in enumerate(zip(names, maps)):
         ImageDraw.Draw(picture).text((column * pitch + 2, 2), name, fill="black")
-        for row, pixels in enumerate(values.reshape(len(x), 3, -1)):
-            width = math.isqrt(pixels.shape[1])
-            pixels = (255 * pixels).round().byte().view(3, width, width).permute(1, 2, 0)
-            method = Image.BICUBIC if column == 0 else Image.NEAREST
-            one = Image.fromarray(pixels.cpu().numpy()).resize((tile, tile), method)
+        side = math.isqrt(values[0].numel() // 3)
+        for row, pixels in enumerate(values.reshape(-1, 3, side, side)):
+            pixels = transforms.functional.to_pil_image(pixels.float().cpu())
+            one = pixels.resize((tile, tile), Image.NEAREST if column else Image.BICUBIC)
             picture.paste(one, (column * pitch, top + row * pitch))
-    with or_stop(f"cannot write {out}"):
-        picture.save(out)
+    write(out, partial(picture.save, format="PNG"))
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -947,27 +937,22 @@ OPTIONS = {  # flag: (default, range, help)
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = refuse = partial(stop, aloud=RANK == 0)  # all processes have the same flags
-    parser.add_argument("--weights", required=True, metavar="FILE", help="what to judge")
-    parser.add_argument("--data_path", help="holds train/ and val/ or test/, of class folders")
-    parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
-    text = "of the model; by default as standard ViTs of its width have"
-    parser.add_argument("--num_heads", type=int, help=text)
-    text = "train the probe on the features of one central crop an image"
-    parser.add_argument("--cached", action="store_true", help=text)
-    text = "draw attention and features of IMG (default: of 8 validation images) and end"
-    text = (
-        "linear probe of patch tokens; images are resized to H W, multiples of the patch (default: "
-    )
-    text += (
-        "the first one's). Masks of the same names, PNG, a class a pixel: train_masks/, val_masks/"
-    )
-    parser.add_argument("--segment", nargs="*", type=int, metavar=("H", "W"), help=text)
+    add = parser.add_argument
+    add("--weights", required=True, metavar="FILE", help="what to judge")
+    add("--data_path", help="holds train/ and val/ or test/, of class folders")
+    add("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
+    add("--num_heads", type=int, help="of the model; by default as standard ViTs of its width have")
+    add("--cached", action="store_true", help="the probe learns from one central crop an image")
+    text = "linear probe of patch tokens, images resized to H W (default: the first one's size)."
+    text += " Masks of the same names, PNG, a class a pixel: train_masks/, val_masks/"
+    add("--segment", nargs="*", type=int, metavar=("H", "W"), help=text)
     text = "write the backbone as timm loads it, with strict=True, and end"
-    parser.add_argument("--export", metavar="OUT.pth", help=text)
-    parser.add_argument("--pictures", nargs="+", metavar=("OUT.png", "IMG"), help=text)
+    add("--export", metavar="OUT.pth", help=text)
+    text = "draw attention and features of IMG (default: of 8 validation images) and end"
+    add("--pictures", nargs="+", metavar=("OUT.png", "IMG"), help=text)
     for flag, (default, allowed, text) in OPTIONS.items():
         choices = AMP if allowed is AMP else None
-        parser.add_argument(flag, default=default, type=type(default), choices=choices, help=text)
+        add(flag, default=default, type=type(default), choices=choices, help=text)
     args = parser.parse_args(argv)
     for flag, (default, allowed, _) in OPTIONS.items():
         value = getattr(args, flag[2:])
@@ -1041,9 +1026,10 @@ def write(path, dump):
             os.fsync(file.fileno())
         partial_path.replace(path)
     except Exception as error:  # a full disk: torch.save has an error of its own to say of it
-        partial_path.unlink(missing_ok=True)
         why = reason(error.__context__ or error)
         raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({why})") from error
+    finally:  # also after a signal
+        partial_path.unlink(missing_ok=True)
 
 
 def digest(data):
@@ -1057,41 +1043,34 @@ def same_run(old, new):
         raise ValueError(f"it is of another run: {'; '.join(differ)}")
 
 
+# Flags that may differ when a run goes on.
 FREE = "weights data_path output_dir pictures export batch_size_per_gpu num_workers saveckp_freq"
 
 
 def open_run(args, splits, **more):
     """Lock the output folder; -> what the run is; the state of its probe to go on from, or {}."""
-    output = Path(args.output_dir)
+    output, state = Path(args.output_dir), {}
     path, results_path = output / "probe.pth", output / "results.json"
-    if RANK == 0:
-        claim(output)
-    for split in splits:
-        split[0]  # ends here if no image can be read
-    run = {name: value for name, value in vars(args).items() if name not in FREE.split()}
-    run["weights_sha256"] = digest(Path(args.weights).read_bytes())
-    run |= {"images": [len(split) for split in splits], **more}
-    run["image_lists"] = [digest(b"\0".join(split.names)) for split in splits]
-    with or_stop(f"cannot use {results_path}: choose another --output_dir"):
-        if results_path.exists():
-            same_run(json.loads(results_path.read_text())["run"], run)
-    state = {}
-    with or_stop(f"cannot resume {path}: move it away, or choose another --output_dir"):
-        if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            same_run(state["run"], run)
-    return run, state
-
-
-def meet_or_stop(args, run, state):
+    with together():
+        if RANK == 0:
+            claim(output)
+        for split in splits:
+            split[0]  # ends here if no image can be read
+        run = {name: value for name, value in vars(args).items() if name not in FREE.split()}
+        run["weights_sha256"] = digest(Path(args.weights).read_bytes())
+        run |= {"images": [len(split) for split in splits], **more}
+        run["image_lists"] = [digest(b"\0".join(split.names)) for split in splits]
+        with or_stop(f"cannot use {results_path}: choose another --output_dir"):
+            if results_path.exists():
+                same_run(json.loads(results_path.read_text())["run"], run)
+        with or_stop(f"cannot resume {path}: move it away, or choose another --output_dir"):
+            if path.exists():
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                same_run(state["run"], run)
     if len(set(meet((*run["image_lists"], len(state))))) > 1:
         folders = f"{args.data_path}, {args.output_dir}"
         stop(f"the processes do not find the same files in {folders}", RANK == 0)
-
-
-def make_loader(args, device, images, **how):
-    workers = {"num_workers": args.num_workers, "worker_init_fn": ignore_signals}
-    return DataLoader(images, pin_memory=device.type == "cuda", **workers, **how)
+    return run, state
 
 
 def classify(args, model, embed, centre, data, device, dtype):
@@ -1102,54 +1081,46 @@ def classify(args, model, embed, centre, data, device, dtype):
         labelled = [(name, label) for name, label in zip(*train[1:]) if label >= 0]
         images = [Images(train[0], *zip(*labelled), centre), Images(*val, centre)]
         n, classes = len(images[0]), max(train[2]) + 1
-        order = np.random.default_rng(args.seed).permutation(n)
         count = max(1, min(n // 10, 10000))  # of images held out
         if args.epochs and n - count < args.batch_size:
             stop(f"{n} images, a tenth held out, are less than a step: lower --batch_size_per_gpu")
-        run, state = open_run(args, images)
-    meet_or_stop(args, run, state)
+    run, state = open_run(args, images)
 
-    # Features: of all blocks only where the probe needs them
-    loader = partial(make_loader, args, device)
+    load = partial(embedded, embed, args, device)
     kept = torch.float32 if dtype == torch.float32 else torch.float16
-    take = partial(extract, embed, loader=loader, dtype=kept, device=device)
-    every, last = range((blocks + 1) * width), range((blocks - 1) * width, blocks * width)
+    every = range((blocks + 1) * width)
+    cls = every[-2 * width : -width]  # of the last block: all that k-NN needs
+    table = {"columns": every if args.epochs else cls, "dtype": kept, "device": device}
     say(f"{n} training images, {len(images[1])} to judge by, {classes} classes")
-    full = args.epochs and args.cached
-    features, labels = take(images=images[0], columns=every if full else last)
-    val_features, val_labels = take(images=images[1], columns=every if args.epochs else last)
+    features, labels = extract(images[0], load, **table)
+    val_features, val_labels = extract(images[1], load, **table)
     bad = int((labels < 0).sum()) + int((val_labels < 0).sum())
-    cls = (x[:, -2 * width : -width] if x.shape[1] > width else x for x in (features, val_features))
-    knn = knn_accuracies(*zip(cls, (labels, val_labels)))
+    banks = (x[:, cls.start : cls.stop] if args.epochs else x for x in (features, val_features))
+    knn = knn_accuracies(*zip(banks, (labels, val_labels)))
     say("k-NN, top-1 %: " + ", ".join(f"k = {k}: {accuracy:.2f}" for k, accuracy in knn.items()))
-    results = {"knn": knn, "bad_images": bad}
+    results = {"run": run, "knn": knn, "bad_images": bad}
     if not args.epochs:
-        return run, results
+        return results
 
     # The probe
-    order = order[(labels >= 0).cpu().numpy()[order]]
-    held, part = np.split(order, [count])
+    order = np.random.default_rng(args.seed).permutation(n)
+    held, part = np.split(order[(labels >= 0).cpu().numpy()[order]], [count])
     if len(part) < args.batch_size:
         stop(f"{len(part)} readable images are less than a step", RANK == 0)
-    names, of = images[0].names, images[0].labels
+    held_features, held_labels = features[held], labels[held]
     if args.cached:
-        held_features, held_labels = features[held], labels[held]
 
-        def batches(keys):
-            rows = (torch.from_numpy(part[np.array(k) % len(part)]).to(device) for k in keys)
-            return ((features[i].float(), labels[i]) for i in rows)
+        def batches(batch_sampler):
+            for keys in batch_sampler:
+                rows = torch.from_numpy(part[np.array(keys) % len(part)]).to(device)
+                yield features[rows].float(), labels[rows]
     else:
         del features
-        held_images = Images(train[0], names[held], of[held], centre)
-        held_features, held_labels = take(images=held_images, columns=every)
         bicubic = InterpolationMode.BICUBIC
         crop = transforms.RandomResizedCrop(args.crop_size, interpolation=bicubic)
         crop = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
-
-        def batches(keys):
-            crops = Images(train[0], names[part], of[part], crop, args.seed)
-            crops = loader(crops, batch_sampler=keys)
-            return ((embed(x), y.to(device, non_blocking=True)) for x, y, _ in crops)
+        names, of = images[0].names[part], images[0].labels[part]
+        batches = partial(load, Images(train[0], names, of, crop, args.seed))
 
     torch.manual_seed(seed_from(args.seed))
     probe = Probe(width, blocks, classes).to(device)
@@ -1167,8 +1138,7 @@ def classify(args, model, embed, centre, data, device, dtype):
         say(f"{rate:8g}" + "".join(f"{cell:>20}" for cell in cells))
     say(f"the best, {names[best]}, on the validation images: {top1:.2f} / {top5:.2f}")
     chosen = {"best": names[best], "val_top1": top1, "val_top5": top5}
-    results["probe"] = {"held_out": dict(zip(names, accuracies))} | chosen
-    return run, results
+    return results | {"probe": {"held_out": dict(zip(names, accuracies))} | chosen}
 
 
 def main():
@@ -1182,7 +1152,7 @@ def main():
         model, left_out = load_backbone(args.weights, args.checkpoint_key, args.num_heads)
         if args.crop_size % model.patch_size and not segmenting and not args.export:
             stop(f"--crop_size {args.crop_size} is not a multiple of the patch, {model.patch_size}")
-        if args.data_path and not segmenting:
+        if args.data_path and not (segmenting or args.export):
             *data, why = find_data(Path(args.data_path))
             if not data[1]:
                 stop(f"nothing to judge: {why}")
@@ -1195,8 +1165,8 @@ def main():
 
     if args.export:
         with together():
-            line = export(model, Path(args.export)) if RANK == 0 else ""
-        say(line)
+            if RANK == 0:
+                export(model, Path(args.export))
     elif args.pictures:
         out, *paths = args.pictures
         if not paths:
@@ -1208,10 +1178,10 @@ def main():
     else:
         embed = autocast(partial(encode_patches if segmenting else encode, model))
         if segmenting:
-            run, results = segment(args, model, embed, device)
+            results = segment(args, model, embed, device)
         else:
-            run, results = classify(args, model, embed, centre, data, device, dtype)
-        results |= {"run": run, "weights": args.weights, "seconds": time.perf_counter() - began}
+            results = classify(args, model, embed, centre, data, device, dtype)
+        results |= {"weights": args.weights, "seconds": time.perf_counter() - began}
         text = json.dumps(results, indent=2) + "\n"
         with together():
             if RANK == 0:

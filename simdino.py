@@ -10,15 +10,14 @@ maps each view to a unit vector z_s of d numbers; the teacher, a moving average 
 maps the global views to z_t. Views of one image are pulled together, and the features of different
 images, the rows of Z, are kept apart:
 
-    loss = mean ½‖z_s - z_t‖² - γ R(Z)        mean: over pairs of a global and another view
+    loss = mean ½‖z_s - z_t‖² - γ R(Z)        mean: over z_t of a global view, z_s of another
     R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
 
-The first term alone is solved by one vector for all images: collapse. DINO keeps from it by
-prototypes, centering, sharpening and schedules of temperatures; here R, which is smallest there,
-does it alone. The published run took R over groups of 64 images, a group on one GPU. A mean over
-groups does not ask which GPU, or when: the second command is that run for W = 1, 2, 4 or 8 GPUs,
-with the same images, views and groups. Each GPU takes its share of a step's 512 images 64 at a
-time, in rounds, and their gradients are averaged.
+The first term alone is solved by one vector for all images: collapse. DINO avoids it by prototypes,
+centering, sharpening and schedules of temperatures; here R, smallest at collapse, is enough. The
+published run took R over groups of 64 images, one a GPU. Their mean does not depend on which GPU
+takes a group, or when: the second command is that run for W = 1, 2, 4 or 8 GPUs. Each takes its
+share of a step's 512 images in rounds of 64; all gradients are averaged.
 
 The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 63.4, 66.8
 and 64.9 % (seeds 0 to 2) in 1.7 minutes on 2 CPU cores; random weights give 15 to 19 %, raw pixels
@@ -73,8 +72,8 @@ def coding_rate(z, eps_sq):
     eigenvalues λ of ZᵀZ, whose sum is n for unit rows: the log-volume that they fill, counted in
     balls of radius ε. Smallest, ½ log(1 + d / ε²), when all are alike, the collapse: one λ is n.
     Largest when they are spread evenly: (n/2) log(1 + d / (n ε²)) for n <= d orthogonal rows, else
-    (d/2) log(1 + 1 / ε²). For d = 256, n = 64, ε² = 0.4: 3.2 and 76.7. A direction with λ below n ε² / d hardly counts:
-    a larger ε asks for fewer directions, each of which has to be used more.
+    (d/2) log(1 + 1 / ε²). For d = 256, n = 64, ε² = 0.4: 3.2 and 76.7. A direction with λ below
+    n ε² / d hardly counts: a larger ε asks for fewer directions, each of which has to be used more.
     """
     n, d = z.shape[-2:]
     gram = z @ z.mT if n < d else z.mT @ z  # ZZᵀ and ZᵀZ share their non-zero eigenvalues
@@ -84,21 +83,20 @@ def coding_rate(z, eps_sq):
 
 
 class SimDINOLoss(torch.nn.Module):
-    """loss = -coeff comp - γ R; with coeff 1 that is mean ½‖z_s - z_t‖² - γ R, less a constant, 1.
+    """loss = -coeff comp - γ R; with coeff 1: mean ½‖z_s - z_t‖² - γ R, less a constant, 1.
 
     comp ("compression", the official name): mean cosine, 1 - ½‖z_s - z_t‖², over the pairs of a
     teacher's global view and a student's view. Pairs of the very same crop are left out: they agree
     without knowing what two views of an image share.
     R: mean coding rate over the two global views and over groups of group_size images, cut in order
-    from the batch of all processes (None: the whole batch is one group). A row of Z is what an
-    image has for that view: the student's (expa_type 0), or (student + teacher) / 2 (1, the official
-    default), which is shorter than 1 where the two disagree. expa ("expansion") = γ R.
-    group_size 64, eps_sq 0.4: what the published models ran on. On 8 GPUs of 64 images the official
-    code sums over each GPU's own 64 rows but divides by the 512 of all. In the formula that is a
-    group of 64 with ε² = 8 * 0.05, for its --eps 0.05.
-    gamma: weight of R; None for (d + b) / (d b) = 1/b + 1/d, the authors' heuristic, with b the
-    images of the whole batch: for d = 256, 0.0059 at 512, 0.0195 at 64. Smaller batches weigh R
-    more. With gradients accumulated over rounds, give gamma: None knows the images of a round only.
+    from the batch of all processes (None, or more than it has: all are one group). The rows of Z
+    are the student's (expa_type 0), or (student + teacher) / 2 (1, the official default), shorter
+    than 1 where the two disagree. expa ("expansion") = γ R.
+    eps_sq 0.4, groups of 64: what the published models ran on. On 8 GPUs of 64 images the official
+    code sums over each GPU's 64 rows but divides by all 512: its --eps 0.05 is ε² = 8 * 0.05.
+    gamma: weight of R; None for (d + b) / (d b) = 1/d + 1/b, the authors' heuristic, with b the
+    images of the whole batch: for d = 256, 0.0059 at 512, 0.0195 at 64. If gradients are
+    accumulated over rounds, give it: this class sees the images of one round only.
     """
 
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
@@ -155,8 +153,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(parts, own)
-        # Has the value of z and world times its gradient: DDP divides the sum over the processes,
-        # each of which has the gradient of its own rows, by world.
+        # Equal to z, its gradient world times z's: DDP divides the sum over the processes, each of
+        # which has the gradient of its own rows, by world.
         parts[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(parts, dim=-2)
 
@@ -192,12 +190,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x):  # (B, T, D) -> q, k, v, each (B, heads, T, D / heads)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return [part.transpose(1, 2) for part in qkv.unbind(2)]
-
     def forward(self, x):
-        x = F.scaled_dot_product_attention(*self.heads(x))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
+        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -212,7 +207,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x, keep=None):
-        """keep: (2, B, 1, 1), what each sample's branches are multiplied by; None: 1."""
+        """keep: (2, B, 1, 1), factors of the two branches for stochastic depth; None: 1."""
         attn = self.attn(self.norm1(x))
         x = x + (attn if keep is None else keep[0].to(attn.dtype) * attn)
         mlp = self.mlp(self.norm2(x))
@@ -277,7 +272,7 @@ class VisionTransformer(nn.Module):
         return (torch.rand(depth, 2, len(x), 1, 1, device=x.device) >= rate) / (1 - rate)
 
     def forward(self, x):
-        if isinstance(x, (list, tuple)):  # one pass for each run of equally sized batches
+        if isinstance(x, (list, tuple)):  # one pass for neighbours of equal size
             runs = groupby(x, key=lambda batch: batch.shape[-2:])
             return torch.cat([self(torch.cat(list(run))) for _, run in runs])
         x = self.prepare_tokens(x)
@@ -363,7 +358,7 @@ def augment(views):
 def photometric(x, blur, solarize=0.0):
     """DINO's augmentation of uint8 x (B, 3, h, w), drawn for each image.
 
-    blur, solarize: the probabilities in which the views differ. All operations equal torchvision's.
+    blur, solarize: the two probabilities that differ by view. All operations equal torchvision's.
     """
     x = torch.where(uniform(x) < 0.5, x.flip(-1), x) / 255
     x = torch.where(uniform(x) < 0.8, color_jitter(x), x)
@@ -413,7 +408,7 @@ def adjust_hue(x, shift):
 
 
 def gaussian_blur(x, sigma, radius=6):  # radius: 3 times the largest sigma, 2
-    """Blur each image of x (B, 3, H, W) by its own sigma (B, 1, 1, 1): two products with bands."""
+    """Blur each image of x (B, 3, H, W) by its own sigma (B, 1, 1, 1), by two band matrices."""
 
     def band(size):  # (B, 1, size, size), rows sum to 1, borders reflected
         offset = torch.arange(-min(radius, size - 1), min(radius, size - 1) + 1, device=x.device)
@@ -458,12 +453,14 @@ class SimDINO:
         self.device, self.dtype = self.params[0].device, dtype
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.parts = {"student": self.student, "teacher": self.teacher}  # of a checkpoint
+        self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
 
     def step(self, blocks, lr, weight_decay, momentum):
         """A step over this process's blocks of (seed, views): the whole algorithm.
 
         The gradient is the mean over the blocks of all processes: that of their whole batch.
-        Returns means of loss, comp and expa (3,), and z_s, z_t of the last block, for the log.
+        Returns means of the loss and its parts, and z_s, z_t of the last block, for the log.
         """
         figures = []
         self.optimizer.zero_grad()
@@ -485,7 +482,8 @@ class SimDINO:
             norms = torch.stack(torch._foreach_norm(grads))
             torch._foreach_mul_(grads, (self.clip_grad / (norms + 1e-6)).clamp(max=1).unbind())
         for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr, weight_decay * group["decays"]
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay * group["decays"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():  # the teacher: exponential moving average of the student
@@ -499,7 +497,7 @@ SCRIPT = Path(__file__)
 RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # of a line that rewrites itself
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # clears the line it is printed on
 SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
 MEMORY = "(if memory is short: --num_workers 0, a larger /dev/shm: docker's --shm-size)"
 BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
@@ -511,11 +509,11 @@ def start_process():
     """The device of this process, which joins the others."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if cuda and LOCAL_RANK >= torch.cuda.device_count():
-        stop(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
     if cuda:
+        if LOCAL_RANK >= torch.cuda.device_count():
+            stop(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # as in matrix products: float32 is float32
+        torch.backends.cudnn.allow_tf32 = False  # off by default for matrix products, not here
     atexit.register(end_workers)
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -576,7 +574,7 @@ def say(text, end="\n"):
 
 
 def answer(number, _):
-    """Of SIGINT and SIGTERM: the process ends, or, if it is BUSY, does so after a checkpoint."""
+    """Handler of SIGINT and SIGTERM: ends the process or, if BUSY, lets it save first."""
     if not BUSY:
         say(f"{signal.Signals(number).name}: {SCRIPT.name} ends")
         raise SystemExit(128 + number)
@@ -584,7 +582,7 @@ def answer(number, _):
 
 
 def last_words(kind, error, trace):
-    """A traceback; one line where another process has ended first, or one that loads data."""
+    """As sys.excepthook: one line if another process or a worker ended first, or the traceback."""
     if WORLD > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
         line = f"{SCRIPT.name}: process {RANK} ends, as another one has, most likely"
         print(f"{line} ({reason(error)})", file=sys.stderr)
@@ -601,8 +599,8 @@ def ignore_signals(_):
 
 
 def end_workers():
-    """At the end: of data loading processes, which answer no other signal."""
-    if hasattr(signal, "SIGCHLD"):  # PyTorch's answer is an error
+    """At exit: kill the data loading processes, which ignore other signals."""
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler raises when a worker dies
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in active_children():
         worker.kill()
@@ -648,7 +646,7 @@ def load_image(path):
 
 
 class Images(Dataset):
-    """images[epoch * len + i] -> transform(image i), its label, "".
+    """images[epoch * len + i] -> transform(image i), its label, what could not be read or "".
 
     What is drawn for it depends on (seed, epoch, i) alone, not on the worker. Another image, drawn
     likewise, takes the place of one that cannot be read; the last item then says which and why.
@@ -709,15 +707,15 @@ def find_data(root):
     inside = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry))
     split, val, why = root / "train", None, f"{root} has no val/ or test/ but {inside[:5]}"
     if not split.is_dir():
-        odd = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"
-        if found := [name for name in inside if re.fullmatch(odd, name)]:
+        split_like = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"
+        if found := [name for name in inside if re.fullmatch(split_like, name)]:
             stop(f"{root} has {found} but no train/: rename one, or give it as --data_path")
         split = root
     with or_stop(f"cannot list {split}"):
         names = find_images(split)
     folders = [class_of(name) for name in names]
     classes = {name: i for i, name in enumerate(sorted(set(folders) - {None}))}
-    for held_out in (root / "val", root / "test") if split != root else ():
+    for held_out in (root / "val", root / "test"):
         if val or not held_out.is_dir():
             continue
         with or_stop(f"cannot list {held_out}"):
@@ -730,7 +728,7 @@ def find_data(root):
         elif unknown:
             why = f"of the class folders of {held_out} {', '.join(unknown[:5])} are not in {split}"
         else:
-            val = held_out, judged, [classes[class_of(name)] for name in judged]
+            val, why = (held_out, judged, [classes[class_of(name)] for name in judged]), ""
     return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
 
 
@@ -795,7 +793,7 @@ def center_crop(image, size):
 def embed(encode, images, num_workers, device):
     """Of this process's share: unit features and, last, the label; -1: none, -2: cannot be read."""
     share = math.ceil(len(images) / WORLD)
-    batch = math.ceil(share / math.ceil(share / 256))  # all alike: one graph where it is compiled
+    batch = math.ceil(share / math.ceil(share / 256))  # of one size: one graph, if compiled
     own = np.arange(RANK, (share + -share % batch) * WORLD, WORLD)
     surplus = torch.from_numpy(own >= len(images)).split(batch)
     sampler, rows = (own % len(images)).tolist(), []
@@ -920,7 +918,7 @@ def parse_args(argv=None):
     if n % at_once:
         fit = f"{max(1, n // at_once) * at_once} or {(n // at_once + 1) * at_once}"
         refuse(f"--batch_size {n} is not made of rounds of {WORLD} x {own} images: {fit} would be")
-    if own % group and (group % own or at_once % group):
+    if own % group and (group % own or at_once % group):  # inside no process, nor made of wholes
         fit = f"it must divide {own}, or be a multiple of it that divides {at_once}"
         refuse(f"--group_size {group} does not fit {WORLD} processes x {own} images: {fit}")
     args.batch_size_per_gpu, args.group_size = own, group
@@ -964,7 +962,7 @@ def block_keys(n, args, start, end, rank=RANK, world=WORLD):
 WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
 HEADS = {"head", "dino_head", "ibot_head"}  # used in training; timm's classifier
 # Beside tensors, official checkpoints hold their arguments and NumPy's learning rates.
-SCALAR = np.float64(0).__reduce__()[0]  # its unpickler, of one name in NumPy 1, another in NumPy 2
+SCALAR = np.float64(0).__reduce__()[0]  # rebuilds it; NumPy 1 and 2 pickle it by different names
 SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 SAFE += [argparse.Namespace, np.dtype, type(np.dtype("float64"))]
 
@@ -985,7 +983,7 @@ def read_safetensors(path):
 
 
 def read_weights(path, key="teacher"):
-    """-> tensors of the backbone and of the head's mlp in path, by the names used here; the rest.
+    """-> tensors of the backbone and of the head's mlp in path, by the names used here; what is left.
 
     path: a checkpoint, which has them under key or "model", or the tensors alone, of simdino.py,
     simdinov2.py, the official SimDINO(v2), DINO, DINOv2, timm; .pth or .safetensors.
@@ -996,12 +994,11 @@ def read_weights(path, key="teacher"):
             state = read_safetensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    weights = state
-    if isinstance(state, dict):
-        weights = state.get(key, state.get("model", state))
+    if not isinstance(state, dict):
+        state = {type(state).__name__: state}
+    weights = state.get(key, state.get("model", state))
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        names = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        stop(f"no weights under {key} in {path}; what it has: {names}")
+        stop(f"no weights under {key} in {path}; what it has: {', '.join(map(str, state))}")
 
     tensors, mlp, left_out = {}, {}, set()
     for name, tensor in weights.items():
@@ -1021,12 +1018,8 @@ def read_weights(path, key="teacher"):
 
 
 def load_pretrained(path, backbone, head):
-    """Start backbone, and head where the file has one of its shape, from the weights in path.
-
-    A position grid of another size is interpolated; all else has to fit.
-    """
+    """Start backbone, and head if path has one that fits; positions are interpolated."""
     tensors, mlp, left_out = read_weights(path)
-    tensors.pop("mask_token", None)  # of DINOv2
     try:
         cls, grid = tensors["pos_embed"].split([1, tensors["pos_embed"].shape[1] - 1], dim=1)
         if (side := math.isqrt(grid.shape[1])) != backbone.side:
@@ -1074,9 +1067,10 @@ def write(path, dump):
             os.fsync(file.fileno())
         partial_path.replace(path)
     except Exception as error:  # a full disk: torch.save has an error of its own to say of it
-        partial_path.unlink(missing_ok=True)
         why = reason(error.__context__ or error)
         raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({why})") from error
+    finally:  # also after a signal
+        partial_path.unlink(missing_ok=True)
 
 
 def same_run(old, new):
@@ -1116,7 +1110,7 @@ def open_images(args, root):
     judged = [Images(*split, center) for split in (train, val) if val and args.eval_freq]
     for some in (images, *judged[1:]):
         some[0]  # ends here if no image can be read
-    return images, judged, why
+    return images, judged, why if args.eval_freq else "--eval_freq 0"
 
 
 def build(args, device):
@@ -1150,8 +1144,8 @@ def prepare(model, compiled):
         model.model = ddp(model.student, ids, gradient_as_bucket_view=True)
 
 
-def announce(args, model, images, steps):
-    """The first line: what the run does, and on what."""
+def announce(args, model, images, steps, why):
+    """The first line: what the run does, and on what; then why there is no k-NN accuracy."""
     card = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     size = f"{sum(p.numel() for p in model.params) / 1e6:.1f} M parameters"
     line = f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {size}; "
@@ -1159,6 +1153,8 @@ def announce(args, model, images, steps):
     say(f"{line}; {steps} steps = {args.epochs} epochs of {len(images)} images, {images.root}")
     if args.data_path and steps < 2000:
         say(f"{steps} steps are few: a smaller --batch_size or more --epochs makes more of them")
+    if why:
+        say(f"no k-NN accuracy: {why}")
 
 
 def main():
@@ -1179,28 +1175,22 @@ def main():
         stop(f"the processes do not find the same images in {images.root}", RANK == 0)
     model = build(args, device)
     weights, cuda = sum(p.numel() for p in model.params), device.type == "cuda"
-    n, size = args.batch_size, args.batch_size_per_gpu
-    per_epoch = len(images) // n
+    n, per_epoch = args.batch_size, len(images) // args.batch_size
     steps = args.epochs * per_epoch
     end = min(steps, args.max_steps or steps)
 
-    announce(args, model, images, steps)
-    if not judged:
-        say(f"no k-NN accuracy: {why if args.eval_freq else '--eval_freq 0'}")
+    announce(args, model, images, steps, why)
 
     # Resume
     path, log, figures, done = output / "checkpoint.pth", [], [], 0
-    parts = {"student": model.student, "teacher": model.teacher}
-    parts |= {"optimizer": model.optimizer, "scaler": model.scaler}
     found = any(meet(path.exists()))  # on several machines: all resume, or none
     with together():
         if found:
-            state = restore(path, run, parts)
-            done, figures = state["step"], state["figures"]  # those of an epoch that goes on
-            log = state["log"]
-            if log and log[-1]["epoch"] == done // per_epoch and done < end:
-                log.pop()  # that epoch goes on
-            say(f"resumed {path} at step {done}, k-NN accuracy {log[-1]['knn'] if log else None}")
+            state = restore(path, run, model.parts)
+            done, log, figures = state["step"], state["log"], state["figures"]
+            if done < end:
+                log = log[: done // per_epoch]  # an epoch that goes on is logged at its end
+            say(f"resumed {path} at step {done}")
         elif args.pretrained_weights:
             load_pretrained(args.pretrained_weights, model.student.backbone, model.student.head)
             model.teacher.load_state_dict(model.student.state_dict())
@@ -1220,9 +1210,9 @@ def main():
     data, views, waited, unread, named = iter(loader), [], 0.0, 0, set()
 
     def blocks(step):
-        """Seed and views of this process's blocks of a step, as they come from the workers."""
+        """This process's blocks of a step, as they come from the workers."""
         nonlocal views, waited, unread
-        for block in range(RANK, n // size, WORLD):
+        for block in range(RANK, n // args.batch_size_per_gpu, WORLD):
             asked = time.perf_counter()
             with or_stop(f"cannot load images {MEMORY}"):
                 views, _, problems = next(data)
@@ -1237,12 +1227,12 @@ def main():
     def store(name="checkpoint.pth"):
         """Write the checkpoint, and the log that it holds as a file."""
         tensors = [x for values in model.optimizer.state.values() for x in values.values()]
+        tensors += [*model.params, *model.teacher.parameters()]
         with together():
-            tensors += [*model.params, *model.teacher.parameters()]
             if not all(x.isfinite().all() for x in tensors):
                 stop(f"weights are not finite after step {done}: try a lower --lr or --amp off")
             if RANK == 0:
-                state = {key: part.state_dict() for key, part in parts.items()}
+                state = {key: part.state_dict() for key, part in model.parts.items()}
                 state |= {"step": done, "epoch": done // per_epoch, "args": run}
                 write(output / name, partial(torch.save, state | {"log": log, "figures": figures}))
                 lines = "".join(json.dumps(entry) + "\n" for entry in log)
@@ -1250,15 +1240,15 @@ def main():
 
     def judge():
         """k-NN accuracy after the epoch that the log ends with, where it is due and not known."""
-        at_end = done % per_epoch == 0 and judged and len(log) % args.eval_freq == 0
-        if judged and (at_end or done >= end) and log[-1]["knn"] is None:
+        due = done >= end or done % max(1, args.eval_freq * per_epoch) == 0
+        if judged and due and log[-1]["knn"] is None:
             log[-1]["knn"] = knn(model, judged, args.num_workers)
             say(f"k-NN accuracy after epoch {len(log)}: {log[-1]['knn']:.1f} %")
             store()
 
     if log:
         judge()
-    elif judged and not (done or args.data_path):
+    elif judged and not done and not args.data_path:
         say(f"k-NN accuracy of random weights: {knn(model, judged, args.num_workers):.1f} %")
     saved = time.monotonic()
     while done < end:
@@ -1275,18 +1265,18 @@ def main():
             if done != stop_at and done % 10 and not (SIGNALS and WORLD == 1):
                 continue
 
-            # Every 10 steps the host waits for the device, and reads the figures since.
-            new = torch.stack(pending) / WORLD
-            if WORLD > 1:
-                dist.all_reduce(new)
-            new, pending = new.tolist(), []
+            # Every 10 steps the host waits for the device, and the processes for one another.
+            late = time.monotonic() - saved > 900
+            told = meet((torch.stack(pending).tolist(), max(SIGNALS, default=0), late))
+            new, signals, late = zip(*told)
+            new, pending = np.mean(new, axis=0), []
             if not np.isfinite(new).all():
                 at = done - len(new) + 1 + np.isfinite(new).all(1).argmin()
                 cure = "try a lower --lr or --amp off"
                 stop(f"the loss is not finite at step {at}: {cure}", RANK == 0)
-            if model.scaler.is_enabled() and model.scaler.get_scale() < 1:
+            if model.scaler.get_scale() < 1:  # 1 without fp16
                 stop(f"no finite gradients by step {done}: try --amp bf16 or off", RANK == 0)
-            figures += new
+            figures += new.tolist()
             rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item()
             seconds, (loss, comp, expa) = time.perf_counter() - clock, new[-1]
             speed = (done - first) * n / seconds
@@ -1294,7 +1284,6 @@ def main():
             line += f"comp {comp:.3f} expa {expa:.3f} rank {rank:.1f} {speed:.0f} img/s "
             line += f"ETA {timedelta(seconds=int((end - done) * n / speed))}"
             say(line, end="\n" if done == stop_at else "")
-            signals, late = zip(*meet((max(SIGNALS, default=0), time.monotonic() - saved > 900)))
             if max(signals):
                 break
             if late[0]:
@@ -1306,9 +1295,9 @@ def main():
         span = slice(epoch * per_epoch, done)
         entry = {"epoch": epoch, "train_loss": loss, "train_comp_loss": comp}
         entry |= {"train_expa_loss": expa, "train_lr": float(np.mean(lr[span]))}
-        entry |= {"train_wd": float(np.mean(wd[span])), "rank": rank}
-        entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "knn": None}
-        entry |= {"img_s": speed, "data_wait": waited / seconds, "bad_images": sum(meet(unread))}
+        entry |= {"train_wd": float(np.mean(wd[span])), "rank": rank, "knn": None}
+        entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "img_s": speed}
+        entry |= {"data_wait": waited / seconds, "bad_images": sum(meet(unread))}
         if entry["bad_images"]:
             say(f"{entry['bad_images']} images could not be read")
         entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
@@ -1316,12 +1305,12 @@ def main():
         figures = figures if done % per_epoch else []
         store()
         saved = time.monotonic()
+        if args.saveckp_freq and not (done % per_epoch or epoch % args.saveckp_freq):
+            store(f"checkpoint{epoch:04}.pth")
         BUSY.clear()
         if number := max(meet(max(SIGNALS, default=0))):
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
             raise SystemExit(128 + number)
-        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            store(f"checkpoint{epoch:04}.pth")
         if rank < 2 and epoch > 0:
             flat = views[0].float().std((1, 2, 3)).median() < 2
             cure = "try a smaller --eps_sq, a larger --gamma or a lower --lr"

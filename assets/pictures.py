@@ -123,10 +123,10 @@ def dino():
     return figure
 
 
-ROWS = {"ε² 0.04": "eps0.04", "ε² 0.126": "eps0.126", "ε² 1.26": "eps1.26", "ε² 4": "eps4"}
-ROWS |= {"γ / 4": "gdiv4", "γ × 4": "gmul4", "groups of 16": "group16", "one group": "group0"}
-ROWS |= {"learning rate / 2": "lr0.002", "learning rate × 2": "lr0.008", "batch 32": "batch32"}
-ROWS |= {"batch 64": "batch64", "batch 256": "batch256", "ε² 0.05, one group": "official5"}
+ROWS = ["--eps_sq 0.04", "--eps_sq 0.126", "--eps_sq 1.26", "--eps_sq 4", "--gamma 0.00293"]
+ROWS += ["--gamma 0.0469", "--group_size 16", "--group_size 0", "--eps 0.05 --group_size 0"]
+ROWS += ["--lr 0.002", "--lr 0.008", "--batch_size_per_gpu 32", "--batch_size_per_gpu 64"]
+ROWS += ["--batch_size_per_gpu 256"]
 
 
 def robust():
@@ -134,10 +134,10 @@ def robust():
     figure, axis = plt.subplots(figsize=(8, 6.5), layout="constrained")
     default = last(f"simdino-5-{seed}" for seed in range(3))
     axis.axvspan(min(default), max(default), color=BLUE, alpha=0.2, label="default, 3 seeds")
-    for y, run in enumerate(ROWS.values()):
-        knn = last(f"{run}-{seed}" for seed in range(2))
-        axis.plot(knn, (y, y), "o-", color=BLUE)
-        print(run, *(last([f"{run}-0"], key)[0] for key in ("knn", "rank", "train_comp_loss")))
+    for y, row in enumerate(ROWS):
+        runs = [f"robust {row} {seed}" for seed in range(2)]
+        axis.plot(last(runs), (y, y), "o-", color=BLUE)
+        print(row, *(last(runs, key) for key in ("knn", "rank", "train_comp_loss")))
     axis.set_yticks(range(len(ROWS)), ROWS)
     axis.invert_yaxis()
     axis.axvline(27.2, color=GRAY, linestyle=":", linewidth=1)

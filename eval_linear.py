@@ -311,7 +311,7 @@ def load_image(path):
 def normalize(x):
     """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
     mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
-    return torch.addcmul(-mean / std, x, 1 / std)
+    return torch.addcmul(-mean / std, x, 1 / std)  # (x - mean) / std
 
 
 class Images(Dataset):
@@ -427,7 +427,7 @@ def read_safetensors(path):
 
 
 def read_weights(path, key="teacher"):
-    """-> tensors of the backbone and of the head's mlp in path, by the names used here; what is left.
+    """-> tensors of the backbone and of the head's mlp in path, by the names used here; the rest.
 
     path: a checkpoint, which has them under key or "model", or the tensors alone, of simdino.py,
     simdinov2.py, the official SimDINO(v2), DINO, DINOv2, timm; .pth or .safetensors.
@@ -605,7 +605,7 @@ def knn_accuracies(train, val, neighbours=(10, 20, 100, 200), temperature=0.07):
 
 
 class Probe(nn.Module):
-    """All candidates side by side: a candidate is a linear classifier, a kind of features, a rate."""
+    """All candidates side by side: linear classifiers, one for each kind of features and rate."""
 
     def __init__(self, width, blocks, classes):
         super().__init__()

@@ -6,9 +6,9 @@
     torchrun simdino.py --data_path FOLDER --output_dir runs/mine     # any folder of images
 
 An image gives V views: 2 global crops and several local ones. The student, a ViT with a small head,
-maps each view to a unit vector z_s of d numbers; the teacher, a moving average (EMA) of the student,
-maps the global views to z_t. Views of one image are pulled together, and the features of different
-images, the rows of Z, are kept apart:
+maps each view to a unit vector z_s of d numbers; the teacher, its moving average (EMA), maps the
+global views to z_t. Views of one image are pulled together, and the features of different images,
+the rows of Z, are kept apart:
 
     loss = mean ½‖z_s - z_t‖² - γ R(Z)        mean: over z_t of a global view, z_s of another
     R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
@@ -400,6 +400,7 @@ def adjust_hue(x, shift):
     """Rotate the hue of x, (B, 3, H, W) in [0, 1], by shift (B, 1, 1, 1) turns, through HSV."""
     value, (r, g, b) = x.amax(1, keepdim=True), x.split(1, dim=1)
     chroma = value - x.amin(1, keepdim=True)
+    # In sixths of a turn, times chroma
     hue = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
     hue = torch.where(value == r, g - b, hue) / chroma.clamp(min=1e-8) + 6 * shift
     # HSV to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (hue + 5, 3, 1 for R, G, B) mod 6
@@ -427,7 +428,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 def normalize(x):
     """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
     mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
-    return torch.addcmul(-mean / std, x, 1 / std)
+    return torch.addcmul(-mean / std, x, 1 / std)  # (x - mean) / std
 
 
 # ----------------------------------------------------------------------------------- a training step
@@ -464,10 +465,10 @@ class SimDINO:
         """
         figures = []
         self.optimizer.zero_grad()
-        for done, (seed, views) in enumerate(blocks, start=1):
+        for taken, (seed, views) in enumerate(blocks, start=1):
             torch.manual_seed(seed)  # of augmentation and stochastic depth
             views = augment([view.to(self.device, non_blocking=True) for view in views])
-            self.model.require_backward_grad_sync = done == self.rounds  # DDP: once a step
+            self.model.require_backward_grad_sync = taken == self.rounds  # DDP: once a step
             with self.autocast:
                 with torch.no_grad():
                     z_t = self.teacher(views[:2]).unflatten(0, (2, -1))  # (2, B, d)
@@ -807,7 +808,7 @@ def embed(encode, images, num_workers, device):
 
 
 def knn(model, judged, num_workers):
-    """k-NN accuracy of the teacher's backbone: judged holds Images to learn from and to judge by."""
+    """k-NN accuracy of the teacher's backbone; judged: Images to learn from and to judge by."""
     with together(), or_stop(f"k-NN {MEMORY}"), model.autocast:
         rows = [embed(model.teacher.backbone, x, num_workers, model.device) for x in judged]
     rows = [SimDINOLoss.gather(part) for part in rows]
@@ -983,7 +984,7 @@ def read_safetensors(path):
 
 
 def read_weights(path, key="teacher"):
-    """-> tensors of the backbone and of the head's mlp in path, by the names used here; what is left.
+    """-> tensors of the backbone and of the head's mlp in path, by the names used here; the rest.
 
     path: a checkpoint, which has them under key or "model", or the tensors alone, of simdino.py,
     simdinov2.py, the official SimDINO(v2), DINO, DINOv2, timm; .pth or .safetensors.
@@ -1081,7 +1082,7 @@ def same_run(old, new):
 
 
 def restore(path, run, parts):
-    """Load parts (student, teacher, optimizer, scaler) from path, if it is of this run; -> the rest."""
+    """Load student, teacher, optimizer and scaler from path, if it is of this run; -> the rest."""
     with or_stop(f"cannot resume {path}: move {path.parent} away, or choose another --output_dir"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         same_run(state["args"], {k: v for k, v in run.items() if k not in FREE.split()})
@@ -1095,7 +1096,7 @@ def restore(path, run, parts):
 
 
 def open_images(args, root):
-    """Images to train on, those to judge by (train, val: none without labels), why there are none."""
+    """Images to train on, those to judge by (train, val; or none), and why there are none."""
     train, val, why = find_data(root)
     total, block = len(train[1]), args.batch_size_per_gpu * WORLD
     if total < WORLD:
@@ -1149,7 +1150,8 @@ def announce(args, model, images, steps, why):
     card = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     size = f"{sum(p.numel() for p in model.params) / 1e6:.1f} M parameters"
     line = f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {size}; "
-    line += f"a step: {args.batch_size} images = {model.rounds} rounds x {WORLD} processes x {args.batch_size_per_gpu}"
+    line += f"a step: {args.batch_size} images = {model.rounds} rounds x {WORLD} processes x "
+    line += f"{args.batch_size_per_gpu}"
     say(f"{line}; {steps} steps = {args.epochs} epochs of {len(images)} images, {images.root}")
     if args.data_path and steps < 2000:
         say(f"{steps} steps are few: a smaller --batch_size or more --epochs makes more of them")

@@ -97,7 +97,7 @@ def worlds():
             axis.plot(range(1, len(loss) + 1), loss, style, color=color, label=f"{world}")
         axis.set_title(title)
         axis.set_xlabel("step of 64 images")
-        axis.legend(title="processes")
+    axes[0].legend(title="processes")
     axes[0].set_ylabel("loss")
     return figure
 

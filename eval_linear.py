@@ -168,7 +168,7 @@ SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
 MEMORY = "(if memory is short: --num_workers 0, a larger /dev/shm: docker's --shm-size)"
 BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
 
-# ----------------------------------------------------------------------- one run of many processes
+# ------------------------------------------------------------------------ one run of many processes
 
 
 def start_process():
@@ -401,7 +401,7 @@ def find_data(root):
     return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
 
 
-# ------------------------------------------------------------------------------- weights from a file
+# ------------------------------------------------------------------------------ weights from a file
 
 WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
 HEADS = {"head", "dino_head", "ibot_head"}  # used in training; timm's classifier
@@ -917,7 +917,7 @@ def draw(model, paths, transform, out, tile=168, gap=4):
     write(out, partial(picture.save, format="PNG"))
 
 
-# ------------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------------------- the program
 
 TINY, INF, AMP = 1e-12, math.inf, ("auto", "bf16", "fp16", "off")
 OPTIONS = {  # flag: (default, range, help)

@@ -60,7 +60,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
-# =============================================================================== 1. The method
+# ==================================================================================== 1. The method
 
 # ----------------------------------------------------------------------------------------- the loss
 
@@ -309,7 +309,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ----------------------------------------------------------------------- the views, and augmentation
+# ---------------------------------------------------------------------- the views, and augmentation
 
 
 class MultiCrop:
@@ -431,7 +431,7 @@ def normalize(x):
     return torch.addcmul(-mean / std, x, 1 / std)  # (x - mean) / std
 
 
-# ----------------------------------------------------------------------------------- a training step
+# ---------------------------------------------------------------------------------- a training step
 
 
 class SimDINO:
@@ -492,7 +492,7 @@ class SimDINO:
         return torch.stack(figures).mean(0), z_s.detach(), z_t
 
 
-# =============================================================================== 2. What runs it
+# ================================================================================== 2. What runs it
 
 SCRIPT = Path(__file__)
 RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
@@ -503,7 +503,7 @@ SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
 MEMORY = "(if memory is short: --num_workers 0, a larger /dev/shm: docker's --shm-size)"
 BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
 
-# ----------------------------------------------------------------------- one run of many processes
+# ------------------------------------------------------------------------ one run of many processes
 
 
 def start_process():
@@ -733,7 +733,7 @@ def find_data(root):
     return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
 
 
-# --------------------------------------------------------------------------------- the built-in data
+# -------------------------------------------------------------------------------- the built-in data
 
 
 def draw_pattern(kind, rng, size=32):
@@ -958,7 +958,7 @@ def block_keys(n, args, start, end, rank=RANK, world=WORLD):
             yield images[block * size : (block + 1) * size].tolist()
 
 
-# ------------------------------------------------------------------------------- weights from a file
+# ------------------------------------------------------------------------------ weights from a file
 
 WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
 HEADS = {"head", "dino_head", "ibot_head"}  # used in training; timm's classifier

@@ -77,7 +77,8 @@ def gamma():
             points = [(x["epoch"] + 1, x[key]) for x in log_of(run) if x[key] is not None]
             axis.plot(*zip(*points), "o-", color=color, label=label)
             axis.set_title(title, size=14)
-            axis.set_ylim(0)
+    for axis in axes.flat:
+        axis.set_ylim(bottom=0)
     axes[0, 0].axhline(34.2, color=GRAY, linestyle=":", linewidth=1)
     axes[0, 0].text(8, 35.5, "raw pixels", size=11, color=GRAY, ha="right")
     axes[0, 1].legend()

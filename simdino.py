@@ -849,7 +849,7 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--coeff": (1.0, 1.0, (0, INF), "weight of comp, the mean cosine"),
     "--eps_sq": (0.4, 0.4, (TINY, INF), "ε² of the coding rate R"),
     "--group_size": (64, 64, (0, INF), "images whose R is taken together; 0: those of a step"),
-    "--eps": (None, None, (TINY, INF), "the official flag: ε² = EPS batch_size / group_size"),
+    "--eps": (None, None, (TINY, INF), "the official flag: ε² = EPS batch_size / group, a group a GPU"),
     "--gamma": (None, None, (0, INF), "weight γ of R; by default (d + n) / (d n), n = batch_size"),
     "--expa_type": (1, 1, (0, 1), "R of the student's rows (0) or of (student + teacher) / 2 (1)"),
     "--epochs": (8, 100, (1, INF), "passes over the data"),
@@ -897,6 +897,7 @@ def parse_args(argv=None):
         refuse("--data_path is empty")
     if args.batch_size_per_gpu and args.batch_size is None:  # as in DINO: a step of one round
         args.batch_size = args.batch_size_per_gpu * WORLD
+    official = args.eps is not None and args.group_size is None  # there, what a GPU takes at a time
     small = args.small_images or not args.data_path
     for flag, (built_in, imagenet, allowed, _) in OPTIONS.items():
         if getattr(args, flag[2:]) is None:
@@ -915,7 +916,7 @@ def parse_args(argv=None):
         refuse(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
 
     n, own = args.batch_size, min(args.batch_size_per_gpu, max(1, args.batch_size // WORLD))
-    at_once, group = own * WORLD, min(args.group_size or n, n)
+    at_once, group = own * WORLD, own if official else min(args.group_size or n, n)
     if n % at_once:
         fit = f"{max(1, n // at_once) * at_once} or {(n // at_once + 1) * at_once}"
         refuse(f"--batch_size {n} is not made of rounds of {WORLD} x {own} images: {fit} would be")

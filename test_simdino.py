@@ -1360,6 +1360,10 @@ def test_official_flags_mean_what_they_mean_there(monkeypatch):
     recipe = args.lr, args.epochs, args.warmup_epochs, args.momentum_teacher, args.clip_grad
     assert recipe == (5e-4, 100, 10, 0.996, 3.0)
     assert simdino.parse_args([*official, "--group_size", "32"]).eps_sq == pytest.approx(0.8)
+    for world, images, eps_sq in ((8, 128, 0.4), (16, 64, 0.8), (2, 256, 0.1)):
+        monkeypatch.setattr(simdino, "WORLD", world)
+        args = simdino.parse_args([*official, "--batch_size_per_gpu", str(images)])
+        assert (args.group_size, args.eps_sq) == (images, pytest.approx(eps_sq))
 
 
 SMALL_IMAGES = "--data_path x --small_images"

@@ -4,7 +4,8 @@
     PYTHONPATH=.:OFFICIAL torchrun --nproc_per_node=2 assets/compare.py --eps 0.05 [...]
 
 DINO: a clone of facebookresearch/dino (7c446df). OFFICIAL: the folder simdino of a clone of
-RobinWu218/SimDINO (8149fc4). Both have their loss in main_dino.py; all else is simdino.py's.
+RobinWu218/SimDINO (8149fc4). Both have their loss in main_dino.py; all else is simdino.py's. A run
+that was interrupted has to start anew: DINO's center and the flags below are not in its checkpoint.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def dino(model, args):
     """The head's unit rows meet prototypes of unit norm, as in DINOHead with norm_last_layer."""
     backbone, head = model.student.backbone, model.student.head
     layer = torch.nn.Linear(head.mlp[-1].out_features, OWN.prototypes, bias=False)
-    head.prototypes = layer.weight.to(model.device)
+    head.prototypes = layer.to(model.device).weight
     model = simdino.SimDINO(backbone, head, None, args.clip_grad, dtype=model.dtype)
     temperature, views = OWN.teacher_temp, 2 + args.local_crops_number
     cross_entropy = main_dino.DINOLoss(OWN.prototypes, views, temperature, temperature, 0, 1)

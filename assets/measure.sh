@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The runs behind README.md's figures: some six hours on two cores. From the project's folder:
+# The main runs behind README.md's figures: some six hours on two cores. From the project's folder:
 #     bash assets/measure.sh built_in worlds cifar dino robust weights segment
 # Data: cifar10/ as README.md makes it; clones of facebookresearch/dino (7c446df) in dino/ and of
-# RobinWu218/SimDINO (8149fc4) in SimDINO/; camvid/{train,val}, {train,val}_masks; photos/.
+# RobinWu218/SimDINO (8149fc4) in SimDINO/; camvid/ with train/, test/, train_masks/, test_masks/;
+# photos/: CamVid's 367 training images and 200 of ImageNet.
 set -euo pipefail
-export PYTHONPATH=. OMP_NUM_THREADS=1
+export PYTHONPATH=.
 
 part() { # part FOLDER IMAGES CLASS...: the first images of each class, and all to judge by
     for class in "${@:3}"; do
@@ -23,9 +24,12 @@ script=(python simdino.py)
 built_in() {
     torchrun simdino.py --eval_freq 1 --output_dir runs/default
     torchrun simdino.py --eval_freq 1 --gamma 0 --output_dir runs/gamma0
-    torchrun simdinov2.py
-    python eval_linear.py --weights output_simdinov2/checkpoint.pth --resize_size 96 --crop_size 96 \
-        --pictures features.png output_simdinov2/patterns/val/{2/001,5/003,9/001}.png
+    for seed in 0 1 2; do
+        torchrun simdino.py --seed $seed --output_dir runs/built_in-$seed
+        torchrun simdinov2.py --seed $seed --output_dir runs/built_in2-$seed
+    done
+    python eval_linear.py --weights runs/built_in2-0/checkpoint.pth --resize_size 96 --crop_size 96 \
+        --pictures features.png runs/built_in2-0/patterns/val/{2/001,5/003,9/001}.png
 }
 worlds() {
     [ -d c6400 ] || part c6400 640 {0..9}
@@ -40,8 +44,9 @@ worlds() {
     done
 }
 cifar() {
+    export OMP_NUM_THREADS=1
     python simdino.py --data_path cifar10 --small_images --patch_size 4 --global_crops_size 24 --local_crops_size 12 \
-        --local_crops_number 4 --momentum_teacher 0.95 --gamma 0.008 --epochs 20 --num_workers 0 --amp bf16 \
+        --local_crops_number 4 --momentum_teacher 0.95 --gamma 0.008 --epochs 15 --num_workers 0 --amp bf16 \
         --output_dir runs/cifar10
 }
 dino() {

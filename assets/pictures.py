@@ -1,7 +1,7 @@
 """The pictures of README.md, but features.png: PYTHONPATH=. python assets/pictures.py NAME ...
 
-views and patterns need nothing; gamma, worlds, dino and robust read the runs whose commands stand
-in README.md. Needs matplotlib.
+views and patterns need nothing; gamma, worlds, dino and robust read the runs of measure.sh. Needs
+matplotlib.
 """
 
 import json
@@ -93,8 +93,9 @@ def worlds():
     for name, title, axis in zip(("world", "official"), ("here", "official loss"), axes):
         for world, style, color in (1, "-", BLUE), (2, "--", ORANGE), (4, ":", RED):
             state = torch.load(f"runs/{name}-{world}/checkpoint.pth", weights_only=True)
-            loss = [figures[0] for figures in state["figures"]]
-            print(name, world, f"last loss {loss[-1]:.3f}")
+            loss = np.array([figures[0] for figures in state["figures"]])
+            first = loss if world == 1 else first
+            print(name, world, "processes: differs by", abs(loss - first).max())
             axis.plot(range(1, len(loss) + 1), loss, style, color=color, label=f"{world}")
         axis.set_title(title)
         axis.set_xlabel("step of 64 images")

@@ -974,7 +974,7 @@ OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, ran
     "--coeff": (1.0, 1.0, (0, INF), "weight of comp, the mean cosine"),
     "--eps_sq": (0.4, 0.4, (TINY, INF), "ε² of the coding rate R"),
     "--group_size": (64, 128, (0, INF), "images whose R is taken together; 0: those of a step"),
-    "--eps": (None, None, (TINY, INF), "official flag: a GPU is a group, ε² = EPS batch_size / group"),
+    "--eps": (None, None, (TINY, INF), "official flag: ε² = EPS batch_size / group, a GPU a group"),
     "--gamma": (None, None, (0, INF), "weight γ of R; by default (d + n) / (d n), n = batch_size"),
     "--expa_type": (1, 1, (0, 1), "R of the student's rows (0) or of (student + teacher) / 2 (1)"),
     "--epochs": (8, 100, (1, INF), "passes over the data"),

@@ -94,8 +94,9 @@ def worlds():
         for world, style, color in (1, "-", BLUE), (2, "--", ORANGE), (4, ":", RED):
             state = torch.load(f"runs/{name}-{world}/checkpoint.pth", weights_only=True)
             loss = np.array([figures[0] for figures in state["figures"]])
-            first = loss if world == 1 else first
-            print(name, world, "processes: differs by", abs(loss - first).max())
+            if world == 1:
+                alone = loss
+            print(name, world, "processes: differs by", abs(loss - alone).max())
             axis.plot(range(1, len(loss) + 1), loss, style, color=color, label=f"{world}")
         axis.set_title(title)
         axis.set_xlabel("step of 64 images")

@@ -61,12 +61,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x):  # (B, T, D) -> q, k, v, each (B, heads, T, D / heads)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return [part.transpose(1, 2) for part in qkv.unbind(2)]
-
     def forward(self, x):
-        x = F.scaled_dot_product_attention(*self.heads(x))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
+        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -155,7 +152,8 @@ class VisionTransformer(nn.Module):
         x = self.prepare_tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
-        q, k, _ = self.blocks[-1].attn.heads(self.blocks[-1].norm1(x))
+        attn, x = self.blocks[-1].attn, self.blocks[-1].norm1(x)
+        q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
 

@@ -1292,6 +1292,13 @@ def announce(args, model, images, steps, why):
         say(f"no k-NN accuracy: {why}")
 
 
+def advice(images):
+    """What to do about a collapse on uint8 images (B, 3, H, W)."""
+    if images.float().std((1, 2, 3)).median() < 2:
+        return "the images are (nearly) constant"
+    return "try a smaller --eps_sq, a larger --gamma or a lower --lr"
+
+
 def main():
     args = parse_args()
     device, output = start_process(), Path(args.output_dir)
@@ -1299,8 +1306,8 @@ def main():
     with together():
         if RANK == 0:
             claim(output)
-        if RANK == 0 and not args.data_path and not root.exists():
-            render_patterns(root)
+            if not (args.data_path or root.exists()):
+                render_patterns(root)
     with together():
         images, judged, why = open_images(args, root)
         run = vars(args) | {"image_list": digest(b"\0".join(images.names))}
@@ -1313,7 +1320,6 @@ def main():
     n, per_epoch = args.batch_size, len(images) // args.batch_size
     steps = args.epochs * per_epoch
     end = min(steps, args.max_steps or steps)
-
     announce(args, model, images, steps, why)
 
     # Resume
@@ -1451,9 +1457,7 @@ def main():
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
             raise SystemExit(128 + number)
         if rank < 2 and epoch > 0:
-            flat = views[0].float().std((1, 2, 3)).median() < 2
-            cure = "try a smaller --eps_sq, a larger --gamma or a lower --lr"
-            say(f"warning: collapse: {'the images are (nearly) constant' if flat else cure}")
+            say(f"warning: collapse: {advice(views[0])}")
         judge()
     if WORLD > 1:
         time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever

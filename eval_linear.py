@@ -192,6 +192,16 @@ def meet(value):
     return values
 
 
+def leave(status=0):
+    """Where all processes are: end the group, or gloo's threads may abort; and, with a status or
+    a message, the process."""
+    if WORLD > 1 and dist.is_initialized():
+        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
+        dist.destroy_process_group()
+    if status:
+        raise SystemExit(status if RANK == 0 or isinstance(status, int) else 1)
+
+
 class together:
     """with together(): what stops one process inside stops all at its end, with one line."""
 
@@ -204,7 +214,7 @@ class together:
             traceback.print_exception(error)
         problem = next(filter(None, meet(problem)), None)
         if problem:
-            raise SystemExit(problem if RANK == 0 or isinstance(problem, int) else 1)
+            leave(problem)
 
 
 @contextmanager
@@ -216,9 +226,10 @@ def or_stop(message):
         raise SystemExit(f"{SCRIPT.name}: {message} ({reason(error)})") from error
 
 
-def stop(message, aloud=True):
-    """End this process with status 1 and one line on the terminal, if it is the one to say it."""
-    raise SystemExit(f"{SCRIPT.name}: {message}" if aloud else 1)
+def stop(message, agreed=False):
+    """End this process with status 1 and one line; agreed: all of them, and the first says it."""
+    end = leave if agreed else sys.exit
+    end(f"{SCRIPT.name}: {message}")
 
 
 def reason(error):
@@ -568,7 +579,7 @@ def extract(images, load, columns, dtype, device):
             for rank, rows in enumerate(column.split(share)):
                 dist.broadcast(rows, rank)
     if not torch.stack(features[:n].aminmax()).isfinite().all():  # needs no memory, finds NaN too
-        stop("the features are not finite: try --amp off, or other --weights", RANK == 0)
+        stop("the features are not finite: try --amp off, or other --weights", agreed=True)
     unread = sorted({problem for some in meet(unread) for problem in some})
     for problem in unread[:5]:
         say(f"unreadable, left out: {problem}")
@@ -683,13 +694,13 @@ def fit(probe, rates, batches, n, args, run, state):
                     write(path, partial(torch.save, content | {"step": done, "run": run}))
         if number:
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
-            raise SystemExit(128 + number)
+            leave(128 + number)
         if i:
             say(f"step {left}", end="")
         else:
             lowest = losses.detach().nan_to_num(math.inf).min().item()
             if lowest == math.inf:
-                stop("no candidate has a finite loss: try --amp off, or other --weights", RANK == 0)
+                stop("no finite loss: try --amp off, or other --weights", agreed=True)
             say(f"epoch {epoch}/{args.epochs}: lowest loss {lowest:.3f}, step {left}")
     BUSY.clear()
 
@@ -934,7 +945,7 @@ OPTIONS = {  # flag: (default, range, help)
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = refuse = partial(stop, aloud=RANK == 0)  # all processes have the same flags
+    parser.error = refuse = partial(stop, agreed=True)  # all processes have the same flags
     add = parser.add_argument
     add("--weights", required=True, metavar="FILE", help="what to judge")
     add("--data_path", help="holds train/ and val/ or test/, of class folders")
@@ -1067,7 +1078,7 @@ def open_run(args, splits, **more):
                 same_run(state["run"], run)
     if len(set(meet((*run["image_lists"], len(state))))) > 1:
         folders = f"{args.data_path}, {args.output_dir}"
-        stop(f"the processes do not find the same files in {folders}", RANK == 0)
+        stop(f"the processes do not find the same files in {folders}", agreed=True)
     return run, state
 
 
@@ -1104,7 +1115,7 @@ def classify(args, model, embed, centre, data, device, dtype):
     order = np.random.default_rng(args.seed).permutation(n)
     held, part = np.split(order[(labels >= 0).cpu().numpy()[order]], [count])
     if len(part) < args.batch_size:
-        stop(f"{len(part)} readable images are less than a step", RANK == 0)
+        stop(f"{len(part)} readable images are less than a step", agreed=True)
     held_features, held_labels = features[held], labels[held]
     if args.cached:
 
@@ -1184,9 +1195,7 @@ def main():
         with together():
             if RANK == 0:
                 write(output / "results.json", lambda file: file.write(text.encode()))
-    if WORLD > 1:
-        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -529,6 +529,16 @@ def meet(value):
     return values
 
 
+def leave(status=0):
+    """Where all processes are: end the group, or gloo's threads may abort; and, with a status or
+    a message, the process."""
+    if WORLD > 1 and dist.is_initialized():
+        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
+        dist.destroy_process_group()
+    if status:
+        raise SystemExit(status if RANK == 0 or isinstance(status, int) else 1)
+
+
 class together:
     """with together(): what stops one process inside stops all at its end, with one line."""
 
@@ -541,7 +551,7 @@ class together:
             traceback.print_exception(error)
         problem = next(filter(None, meet(problem)), None)
         if problem:
-            raise SystemExit(problem if RANK == 0 or isinstance(problem, int) else 1)
+            leave(problem)
 
 
 @contextmanager
@@ -553,9 +563,10 @@ def or_stop(message):
         raise SystemExit(f"{SCRIPT.name}: {message} ({reason(error)})") from error
 
 
-def stop(message, aloud=True):
-    """End this process with status 1 and one line on the terminal, if it is the one to say it."""
-    raise SystemExit(f"{SCRIPT.name}: {message}" if aloud else 1)
+def stop(message, agreed=False):
+    """End this process with status 1 and one line; agreed: all of them, and the first says it."""
+    end = leave if agreed else sys.exit
+    end(f"{SCRIPT.name}: {message}")
 
 
 def reason(error):
@@ -876,7 +887,7 @@ FREE += "saveckp_freq eval_freq max_steps"
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="defaults: [on built-in data | on --data_path]")
-    parser.error = refuse = partial(stop, aloud=RANK == 0)  # all processes have the same flags
+    parser.error = refuse = partial(stop, agreed=True)  # all processes have the same flags
     parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
     parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
     text = "start from the backbone (and head) in FILE: ours, official SimDINO(v2), DINO(v2), timm"
@@ -1182,7 +1193,7 @@ def main():
         if args.pretrained_weights:
             run["pretrained_weights"] = digest(Path(args.pretrained_weights).read_bytes())
     if len(set(meet(run["image_list"]))) > 1:
-        stop(f"the processes do not find the same images in {images.root}", RANK == 0)
+        stop(f"the processes do not find the same images in {images.root}", agreed=True)
     model = build(args, device)
     weights, cuda = sum(p.numel() for p in model.params), device.type == "cuda"
     n, per_epoch = args.batch_size, len(images) // args.batch_size
@@ -1282,9 +1293,9 @@ def main():
             if not np.isfinite(new).all():
                 at = done - len(new) + 1 + np.isfinite(new).all(1).argmin()
                 cure = "try a lower --lr or --amp off"
-                stop(f"the loss is not finite at step {at}: {cure}", RANK == 0)
+                stop(f"the loss is not finite at step {at}: {cure}", agreed=True)
             if model.scaler.get_scale() < 1:  # 1 without fp16
-                stop(f"no finite gradients by step {done}: try --amp bf16 or off", RANK == 0)
+                stop(f"no finite gradients by step {done}: try --amp bf16 or off", agreed=True)
             figures += new.tolist()
             rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item()
             seconds, (loss, comp, expa) = time.perf_counter() - clock, new[-1]
@@ -1319,13 +1330,11 @@ def main():
         BUSY.clear()
         if number := max(meet(max(SIGNALS, default=0))):
             say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
-            raise SystemExit(128 + number)
+            leave(128 + number)
         if rank < 2 and epoch > 0:
             say(f"warning: collapse: {advice(views[0])}")
         judge()
-    if WORLD > 1:
-        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

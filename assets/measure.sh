@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main runs behind README.md's figures: some six hours on two cores. From the project's folder:
-#     bash assets/measure.sh built_in worlds cifar dino robust weights segment
+#     bash assets/measure.sh built_in worlds cifar dino robust augmentation weights segment
 # Data: cifar10/ as README.md makes it; clones of facebookresearch/dino (7c446df) in dino/ and of
 # RobinWu218/SimDINO (8149fc4) in SimDINO/; camvid/ with train/, test/, train_masks/, test_masks/;
 # photos/: CamVid's 367 training images and 200 of ImageNet.
@@ -71,6 +71,19 @@ robust() {
             small $flags --seed $seed --output_dir "runs/robust $flags $seed"
         done
     done
+}
+augmentation() {
+    without=("s.photometric = lambda x, **_: s.normalize(x / 255)" "s.color_jitter = lambda x: x"
+        "s.gaussian_blur = lambda x, sigma: x")
+    for seed in 0 1; do
+        for i in 0 1 2; do
+            script=(python -c "import simdino as s; ${without[i]}; s.main()")
+            small --seed $seed --output_dir runs/augmentation-$i-$seed
+        done
+        small --seed $seed --global_crops_scale 1 1 --output_dir runs/augmentation-crop-$seed
+        small --seed $seed --local_crops_number 0 --output_dir runs/augmentation-local-$seed
+    done
+    script=(python simdino.py)
 }
 weights() {
     part A 2000 0 2 4 6 8

@@ -637,8 +637,8 @@ def meet(value):
 
 
 def leave(status=0):
-    """Where all processes are: end the group, or gloo's threads may abort; and, with a status or
-    a message, the process."""
+    """End the group where all processes agree to, or gloo's threads may abort; with a status or a
+    message, end the process too."""
     if WORLD > 1 and dist.is_initialized():
         time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
         dist.destroy_process_group()

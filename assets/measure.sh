@@ -44,10 +44,8 @@ worlds() {
     done
 }
 cifar() {
-    export OMP_NUM_THREADS=1
-    python simdino.py --data_path cifar10 --small_images --patch_size 4 --global_crops_size 24 --local_crops_size 12 \
-        --local_crops_number 4 --momentum_teacher 0.95 --gamma 0.008 --epochs 15 --num_workers 0 --amp bf16 \
-        --output_dir runs/cifar10
+    python simdino.py --data_path cifar10 --small_images --patch_size 4 --global_crops_size 24 --local_crops_number 0 \
+        --momentum_teacher 0.95 --gamma 0.008 --epochs 20 --amp bf16 --output_dir runs/cifar10
 }
 dino() {
     for seed in 0 1 2; do

@@ -1292,8 +1292,7 @@ def main():
             new, pending = np.mean(new, axis=0), []
             if not np.isfinite(new).all():
                 at = done - len(new) + 1 + np.isfinite(new).all(1).argmin()
-                cure = "try a lower --lr or --amp off"
-                stop(f"the loss is not finite at step {at}: {cure}", agreed=True)
+                stop(f"the loss is not finite at step {at}: lower --lr, or --amp off", agreed=True)
             if model.scaler.get_scale() < 1:  # 1 without fp16
                 stop(f"no finite gradients by step {done}: try --amp bf16 or off", agreed=True)
             figures += new.tolist()

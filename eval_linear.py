@@ -32,7 +32,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -291,11 +291,11 @@ def seed_from(*numbers):
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 EXTENSIONS += (".ppm", ".pgm", ".jp2")
-HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # how names begin that do not exist
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # names that begin so are skipped
 
 
 def load_image(path):
-    """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation.
+    """Any image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF orientation.
 
     More than 8 bits a pixel are stretched from the image's own lowest to its highest value.
     OSError for what cannot be read.
@@ -312,9 +312,12 @@ def load_image(path):
                 pixels = np.nan_to_num(np.asarray(image, dtype=float), posinf=0, neginf=0)
                 pixels = 255 * (pixels - pixels.min()) / max(np.ptp(pixels), 1e-12)
                 image = Image.fromarray(pixels.round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # there is no end to what a decoder may raise
-        raise OSError(f"{path!r} ({reason(error)})") from error
+        raise OSError(f"{path!a} ({' '.join(str(error).split())})") from error
 
 
 def normalize(x):
@@ -352,62 +355,55 @@ class Images(Dataset):
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, each folder visited once."""
-    names, folders, links, seen = [], [""], [], set()
+    """Sorted names (bytes, relative to root) of the images below root, whose folders are visited
+    once each; the number of other files by ending."""
+    names, others, seen, folders, links = [], Counter(), set(), [""], []
     while folders or links:
         folder = (folders or links).pop()  # links last, so that a folder keeps its own name
         path = os.path.join(root, folder)
-        if (real := os.path.realpath(path)) in seen:
+        if os.path.realpath(path) in seen:
             continue
-        seen.add(real)
+        seen.add(os.path.realpath(path))
         for entry in os.scandir(path):
             name = os.path.join(folder, entry.name)
-            nowhere = entry.is_symlink() and not os.path.exists(entry)  # broken, or to itself
-            if entry.name.startswith(HIDDEN) or nowhere:
+            if entry.name.startswith(HIDDEN):
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)
-            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            elif entry.is_file() and name.lower().endswith(EXTENSIONS):
                 names.append(os.fsencode(name))
-    return sorted(names)
-
-
-def class_of(name):
-    """The first folder of a name below its split, or None: the image has no label."""
-    folder, separator, _ = os.fsdecode(name).partition(os.sep)
-    return folder if separator else None
+            else:
+                others[os.path.splitext(name)[1]] += 1
+    return sorted(names), others
 
 
 def find_data(root):
-    """-> train, val, why: (folder, names, labels) of each, label -1 for none; val None, and why."""
-    if not root.is_dir():
-        stop(f"{root} is not a folder: --data_path needs one of images")
-    inside = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry))
-    split, val, why = root / "train", None, f"{root} has no val/ or test/ but {inside[:5]}"
-    if not split.is_dir():
-        split_like = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"
-        if found := [name for name in inside if re.fullmatch(split_like, name)]:
-            stop(f"{root} has {found} but no train/: rename one, or give it as --data_path")
-        split = root
-    with or_stop(f"cannot list {split}"):
-        names = find_images(split)
-    folders = [class_of(name) for name in names]
-    classes = {name: i for i, name in enumerate(sorted(set(folders) - {None}))}
-    for held_out in (root / "val", root / "test"):
-        if val or not held_out.is_dir():
-            continue
-        with or_stop(f"cannot list {held_out}"):
-            judged = [name for name in find_images(held_out) if class_of(name)]
-        unknown = sorted({class_of(name) for name in judged} - classes.keys())
-        if len(classes) < 2:
-            why = f"{split} has fewer than two class folders"
-        elif not judged:
-            why = f"{held_out} has no images in class folders"
-        elif unknown:
-            why = f"of the class folders of {held_out} {', '.join(unknown[:5])} are not in {split}"
-        else:
-            val, why = (held_out, judged, [classes[class_of(name)] for name in judged]), ""
-    return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
+    """-> folder, names and labels (-1: none) of the images to train on and, if k-NN is possible, of
+    those to judge by. Says which folders and images there are, what is not used, and why."""
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    inside = [name for name in inside if not name.startswith(HIDDEN)]
+    used = [name for name in ("train", "val", "test") if name in inside][:2]
+    if "train" in used and (unused := {*inside} - {*used}):
+        say(f"not used: {', '.join(sorted(unused)[:5])} in {root}")
+    splits, classes = [], None
+    for folder in [root / name for name in used] if "train" in used else [root]:
+        names, others = find_images(folder)
+        firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
+        own = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
+        classes = classes or own
+        index = {name: i for i, name in enumerate(classes)}
+        splits.append((folder, names, [index.get(name, -1) for name in firsts]))
+        say(f"{folder}: {len(names)} images, {len(own)} class folders {', '.join(own[:3])}")
+        if others:
+            say(f"not read: files that end in {dict(others.most_common(5))}")
+    if len(splits) < 2 or os.path.samefile(splits[0][0], splits[1][0]):
+        say("no k-NN accuracy: it needs train/ and, with other images, val/ or test/")
+    elif len(classes) < 2 or not own or {*own} - {*classes}:
+        missing = sorted({*own} - {*classes})[:3] or "none"
+        say(f"no k-NN accuracy: train/ needs two classes and those of {folder}; missing: {missing}")
+    else:
+        return splits
+    return splits[:1]
 
 
 # ------------------------------------------------------------------------------ weights from a file
@@ -750,7 +746,7 @@ class Scenes(Images):
 def find_scenes(root, split, ignore):
     """Names of the images below root/split; paths, highest class and digest of their masks."""
     with or_stop(f"cannot list {root / split}"):
-        names = find_images(root / split)
+        names, _ = find_images(root / split)
     folder = os.fsencode(f"{root / split}_masks")
     masks = [os.path.join(folder, os.path.splitext(name)[0] + b".png") for name in names]
     missing = [os.fsdecode(mask) for mask in masks if not os.path.exists(mask)]
@@ -1162,9 +1158,9 @@ def main():
         if args.crop_size % model.patch_size and not segmenting and not args.export:
             stop(f"--crop_size {args.crop_size} is not a multiple of the patch, {model.patch_size}")
         if args.data_path and not (segmenting or args.export):
-            *data, why = find_data(Path(args.data_path))
-            if not data[1]:
-                stop(f"nothing to judge: {why}")
+            data = find_data(Path(args.data_path))
+            if len(data) < 2:
+                stop(f"nothing to judge in {args.data_path}")
     model.to(device)
     text = f"{model.norm.weight.numel()} wide, {len(model.blocks)} blocks of "
     text += f"{model.blocks[0].attn.num_heads} heads, patch {model.patch_size}, "

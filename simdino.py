@@ -6,24 +6,33 @@
     torchrun simdino.py --data_path FOLDER --output_dir runs/mine     # any folder of images
 
 An image gives V views: 2 global crops and several local ones. The student, a ViT with a small head,
-maps each view to a unit vector z_s of d numbers; the teacher, its moving average (EMA), maps the
-global views to z_t. Views of one image are pulled together, and the features of different images,
-the rows of Z, are kept apart:
+maps each view to a unit vector z_s of d numbers. The teacher, whose weights are a moving average
+(EMA) of the student's, maps the global views to z_t. Views of one image are pulled together, and
+the features of different images, the rows of Z, are kept apart:
 
-    loss = mean ½‖z_s - z_t‖² - γ R(Z)        mean: over z_t of a global view, z_s of another
+    loss = mean ½‖z_s - z_t‖² - γ R(Z)        mean: over pairs of a z_t and the z_s of another view
     R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
 
-The first term alone is solved by one vector for all images: collapse. DINO avoids it by prototypes,
-centering, sharpening and schedules of temperatures; here R, smallest at collapse, is enough. The
-published run took R over groups of 64 images, one a GPU. Their mean does not depend on which GPU
-takes a group, or when: the second command is that run for W = 1, 2, 4 or 8 GPUs. Each takes its
-share of a step's 512 images in rounds of 64; all gradients are averaged.
+The first term alone is smallest when all images get the same vector: the features collapse. DINO
+avoids it by prototypes, centering, sharpening and schedules of temperatures. Here R is enough: it
+is smallest at collapse. Four words, and the options that set their sizes:
+
+    micro-batch   the images that a process, one a GPU, takes at a time: --batch_size_per_gpu
+    step          an update of the weights by the micro-batches of all processes: --batch_size images
+    round         one micro-batch of each process; their number follows from the two sizes
+    group         the images whose coding rate is taken together: --group_size
+
+The published run computed R on each of 8 GPUs over its 64 images. The mean of these rates does not
+depend on which GPU computes a group, or in which round. So the second command repeats that run on
+W = 1, 2, 4 or 8 GPUs: each takes its share of 512 images, 64 at a time, and gradients are averaged.
 
 The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 63.4, 66.8
 and 64.9 % (seeds 0 to 2) in 1.7 minutes on 2 CPU cores; random weights give 15 to 19 %, raw pixels
-34.2 %.
+34.2 %. checkpoint.pth holds the trained teacher: `eval_linear.py --weights checkpoint.pth` judges
+its backbone, and exports it to timm.
 
-Section 1 is the method, in the order in which an image meets it; section 2 is what runs it.
+Section 1 is the method: loss, model, views, one training step. Section 2 is the run: the options,
+the images of a step, the training loop. Section 3 holds the helpers that both stand on.
 "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
 "Official" below is the authors' code, github.com/RobinWu218/SimDINO.
 """
@@ -35,18 +44,15 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import time
-import traceback
-from collections import OrderedDict
-from contextlib import contextmanager, suppress
+from collections import Counter, OrderedDict
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
-from itertools import groupby
-from multiprocessing import active_children
+from functools import lru_cache, partial
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +63,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import functional as TF
 
 # ==================================================================================== 1. The method
@@ -66,77 +72,81 @@ from torchvision.transforms import functional as TF
 
 
 def coding_rate(z, eps_sq):
-    """Coding rate R = ½ logdet(I + d / (n ε²) ZᵀZ) of n unit rows, in nats: paper, eq. (8).
+    """Coding rate R = ½ logdet(I + d / (n ε²) ZᵀZ) in nats: paper, eq. (8).
 
-    z: (..., n, d); eps_sq: ε² > 0. Returns (...). It is ½ Σ log(1 + d λ / (n ε²)) over the
-    eigenvalues λ of ZᵀZ, whose sum is n for unit rows: the log-volume that they fill, counted in
-    balls of radius ε. Smallest, ½ log(1 + d / ε²), when all are alike, the collapse: one λ is n.
-    Largest when they are spread evenly: (n/2) log(1 + d / (n ε²)) for n <= d orthogonal rows, else
-    (d/2) log(1 + 1 / ε²). For d = 256, n = 64, ε² = 0.4: 3.2 and 76.7. A direction with λ below
-    n ε² / d hardly counts: a larger ε asks for fewer directions, each of which has to be used more.
+    z: (..., n, d), n rows of length 1 or less; eps_sq: ε² > 0. Returns (...). R is roughly the
+    logarithm of how many balls of radius ε fit in the volume that the rows span. With λ the
+    eigenvalues of ZᵀZ it is ½ Σ log(1 + d λ / (n ε²)), where Σ λ = n for unit rows. It is smallest,
+    ½ log(1 + d / ε²), when all rows are alike (one λ is n), and largest when the λ are equal:
+    (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²). For d = 256, n = 64 and
+    ε² = 0.4 these are 3.2 and 76.7. Equal λ are best for any ε; a larger ε pulls less towards them.
     """
     n, d = z.shape[-2:]
     gram = z @ z.mT if n < d else z.mT @ z  # ZZᵀ and ZᵀZ share their non-zero eigenvalues
     eye = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
-    factor, _ = torch.linalg.cholesky_ex(eye + d / (n * eps_sq) * gram)  # _ex: no wait for the GPU
+    # cholesky_ex skips the error check, for which the host would wait for the GPU.
+    factor, _ = torch.linalg.cholesky_ex(eye + d / (n * eps_sq) * gram)
     return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # ½ logdet(LLᵀ) = Σ log diag(L)
 
 
 class SimDINOLoss(torch.nn.Module):
-    """loss = -coeff comp - γ R; with coeff 1: mean ½‖z_s - z_t‖² - γ R, less a constant, 1.
+    """loss = -coeff comp - γ R. With coeff 1: mean ½‖z_s - z_t‖² - γ R, without the constant 1.
 
-    comp ("compression", the official name): mean cosine, 1 - ½‖z_s - z_t‖², over the pairs of a
-    teacher's global view and a student's view. Pairs of the very same crop are left out: they agree
-    without knowing what two views of an image share.
-    R: mean coding rate over the two global views and over groups of group_size images, cut in order
-    from the batch of all processes (None, or more than it has: all are one group). The rows of Z
-    are the student's (expa_type 0), or (student + teacher) / 2 (1, the official default), shorter
-    than 1 where the two disagree. expa ("expansion") = γ R.
-    eps_sq 0.4, groups of 64: what the published models ran on. On 8 GPUs of 64 images the official
-    code sums over each GPU's 64 rows but divides by all 512: its --eps 0.05 is ε² = 8 * 0.05.
+    comp (official name, "compression"): mean cosine, 1 - ½‖z_s - z_t‖², over all pairs of a
+    teacher's and a student's view. A crop paired with itself is left out: it teaches no invariance.
+    R: mean coding rate over the teacher's views and over groups of group_size images, cut in order
+    from the batch of all processes (None, or more than the batch has: it is one group). Images at
+    the end that fill no group, as in a loader's last batch, have no part in R.
+    The rows of Z are the student's (expa_type 0), or (student + teacher) / 2 (1, the official
+    default), shorter than 1 where the two disagree. expa ("expansion") is γ R.
+    eps_sq 0.4 and groups of 64 are what the published models ran on: on 8 GPUs of 64 images the
+    official code sums over each GPU's 64 rows but divides by all 512, so --eps 0.05 is ε² = 8 * 0.05.
     gamma: weight of R; None for (d + b) / (d b) = 1/d + 1/b, the authors' heuristic, with b the
-    images of the whole batch: for d = 256, 0.0059 at 512, 0.0195 at 64. If gradients are
-    accumulated over rounds, give it: this class sees the images of one round only.
+    images of the batch of all processes: for d = 256, 0.0059 at 512, 0.0195 at 64. With accumulated
+    gradients give gamma: by default it is computed from the images of one round.
     """
 
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
         super().__init__()
-        if not eps_sq > 0:
-            raise ValueError(f"eps_sq must be positive, not {eps_sq}")
-        if group_size is not None and group_size < 1:
-            raise ValueError(f"group_size must be at least 1, or None, not {group_size}")
-        if expa_type not in (0, 1):
-            raise ValueError(f"expa_type must be 0 or 1, not {expa_type}")
+        if not eps_sq > 0 or group_size == 0 or expa_type not in (0, 1):
+            given = f"eps_sq {eps_sq}, group_size {group_size}, expa_type {expa_type}"
+            raise ValueError(f"eps_sq and group_size must be positive, expa_type 0 or 1: {given}")
         self.eps_sq, self.group_size, self.coeff = eps_sq, group_size, coeff
         self.gamma, self.expa_type = gamma, expa_type
 
     def forward(self, student, teacher):
-        """student (V, B, d), its 2 global views first, teacher (2, B, d): unit rows.
+        """student (V, B, d), teacher (G, B, d): unit rows; the student's first G views are the
+        teacher's. Returns the loss and detached comp and expa.
 
-        B, this process's images, is the same on all. Returns the loss and detached comp and expa.
-        ValueError if the group does not divide the batch of all processes.
+        Rows that are not of unit length are not detected, nor is a B, this process's images, that
+        differs between processes where a group spans them. ValueError if no pair of views is left,
+        or if a group spans processes and does not divide their batch.
         """
-        # Autocast would form ZᵀZ in half precision, and near collapse, where all eigenvalues but
-        # one are close to 0, those of the rounded matrix are negative: the logarithm is NaN.
+        # Autocast would form ZᵀZ in half precision. Where rounding moves an eigenvalue below
+        # -n ε² / d, the logarithm is NaN: often at ε² = 0.05, seldom at 0.4.
         with torch.autocast(student.device.type, enabled=False):
             dtype = torch.promote_types(student.dtype, torch.float32)
             student, teacher = student.to(dtype), teacher.detach().to(dtype)
-            views, images, d = student.shape
+            (views, images, d), shared = student.shape, teacher.shape[0]
+            if views * shared == 1:
+                raise ValueError("one view on each side is the same view: there is no pair")
 
             # comp is a mean over images: the mean of the processes' values is that of the batch.
-            cosine = torch.cosine_similarity(teacher[:, None], student, dim=-1).mean(-1)  # (2, V)
-            comp = (cosine.sum() - cosine.diagonal().sum()) / (2 * views - 2)  # not the same view
+            cosine = torch.cosine_similarity(teacher[:, None], student, dim=-1).mean(-1)  # (G, V)
+            comp = (cosine.sum() - cosine.diagonal().sum()) / (shared * (views - 1))
 
             # R is a mean over groups, not over images: a group that spans processes is gathered.
-            z = student[:2] if self.expa_type == 0 else (student[:2] + teacher) / 2  # (2, B, d)
+            z = student[:shared]
+            z = z if self.expa_type == 0 else (z + teacher) / 2  # (G, B, d)
             batch = images * self.processes()
             group = min(self.group_size or batch, batch)
-            if batch % group:
+            if images % group and batch % group == 0:
+                z = self.gather(z)  # (G, batch, d)
+            elif group > images:
                 raise ValueError(f"group_size {group} does not divide the batch of {batch} images")
-            if images % group:
-                z = self.gather(z)  # (2, batch, d)
+            z = z[:, : z.shape[1] // group * group].unflatten(1, (-1, group))  # whole groups
             gamma = (d + batch) / (d * batch) if self.gamma is None else self.gamma
-            expa = gamma * coding_rate(z.unflatten(1, (-1, group)), self.eps_sq).mean()
+            expa = gamma * coding_rate(z, self.eps_sq).mean()
         return -self.coeff * comp - expa, {"comp": comp.detach(), "expa": expa.detach()}
 
     @staticmethod
@@ -146,15 +156,15 @@ class SimDINOLoss(torch.nn.Module):
 
     @classmethod
     def gather(cls, z):
-        """Rows (..., B, d) of all processes in order of rank; this process's carry gradient."""
+        """Rows (..., B, d) of all processes in their order; those of this one carry gradient."""
         world = cls.processes()
         if world == 1:
             return z
         own = z.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(parts, own)
-        # Equal to z, its gradient world times z's: DDP divides the sum over the processes, each of
-        # which has the gradient of its own rows, by world.
+        # Has the value of z and `world` times its gradient: each process back-propagates through
+        # its own rows only, and DDP divides the sum over the processes by world.
         parts[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(parts, dim=-2)
 
@@ -207,7 +217,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x, keep=None):
-        """keep: (2, B, 1, 1), factors of the two branches for stochastic depth; None: 1."""
+        """keep: (2, B, 1, 1), the factors of stochastic depth for the two branches; None: 1."""
         attn = self.attn(self.norm1(x))
         x = x + (attn if keep is None else keep[0].to(attn.dtype) * attn)
         mlp = self.mlp(self.norm2(x))
@@ -259,17 +269,17 @@ class VisionTransformer(nn.Module):
         if h % self.patch_size or w % self.patch_size:
             raise ValueError(f"{h} x {w} pixels: not multiples of patch size {self.patch_size}")
         x = self.patch_embed(x).flatten(2).mT  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return x + self.position_embedding(h // self.patch_size, w // self.patch_size)
 
     def stochastic_depth(self, x):
-        """keep of each block for the samples of x: branches are dropped at a rate that rises from 0
-        to drop_path_rate with depth, and what is kept grows, so that the expectation stays."""
+        """keep of each block for the samples of x. A branch is dropped at a rate that rises linearly
+        with depth to drop_path_rate; a kept one is divided by 1 - rate: the expectation stays."""
         depth = len(self.blocks)
         if not (self.training and self.drop_path_rate):
             return [None] * depth
         rate = torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(-1, 1, 1, 1, 1)
-        return (torch.rand(depth, 2, len(x), 1, 1, device=x.device) >= rate) / (1 - rate)
+        return (torch.rand(depth, 2, x.shape[0], 1, 1, device=x.device) >= rate) / (1 - rate)
 
     def forward(self, x):
         if isinstance(x, (list, tuple)):  # one pass for neighbours of equal size
@@ -315,8 +325,9 @@ def init_weights(module):
 class MultiCrop:
     """In the workers: uint8 (3, H, W) -> list of uint8 views, two global ones first.
 
-    Random resized crops (share of the area by scale, aspect 3/4 to 4/3) and nothing else: what
-    changes colours runs on whole batches, on the device (augment).
+    Random resized crops: a share of the area within scale, aspect 3/4 to 4/3. Images differ in
+    size, so each is cropped where it is decoded, and few bytes are sent. All else is arithmetic on
+    batches of crops of one size, which the training device does (augment).
     """
 
     def __init__(
@@ -347,7 +358,10 @@ class MultiCrop:
 
 
 def augment(views):
-    """On the device: uint8 batches (B, 3, h, w), two global views first -> normalised float32."""
+    """On the device: uint8 batches (B, 3, h, w), two global views first -> normalised float32.
+
+    How often views are blurred and solarised is DINO's choice for each kind of view.
+    """
     first, second, *local = views
     views = [photometric(first, blur=1.0), photometric(second, blur=0.1, solarize=0.2)]
     if local:
@@ -356,9 +370,10 @@ def augment(views):
 
 
 def photometric(x, blur, solarize=0.0):
-    """DINO's augmentation of uint8 x (B, 3, h, w), drawn for each image.
+    """DINO's augmentation of uint8 x (B, 3, h, w): flip, jitter, grayscale, blur, solarisation.
 
-    blur, solarize: the two probabilities that differ by view. All operations equal torchvision's.
+    Each is drawn for each image; only the order of jitter is drawn for the batch. blur, solarize:
+    the probabilities that differ by view. All operations equal torchvision's.
     """
     x = torch.where(uniform(x) < 0.5, x.flip(-1), x) / 255
     x = torch.where(uniform(x) < 0.8, color_jitter(x), x)
@@ -370,7 +385,7 @@ def photometric(x, blur, solarize=0.0):
 
 
 def uniform(x, low=0.0, high=1.0):
-    """A number for each image of x, (B, 1, 1, 1), drawn on its device."""
+    """A random number for each image of x, (B, 1, 1, 1), drawn on its device."""
     return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
 
@@ -435,9 +450,11 @@ def normalize(x):
 
 
 class SimDINO:
-    """Student, teacher and optimizer, and the step that trains them: what a checkpoint holds.
+    """Student, teacher and optimizer, and the step that trains them.
 
-    rounds: how many blocks of images this process takes one after the other in a step.
+    backbone: maps a list of batches of images, of two sizes (all global views first), to one
+    feature (D,) an image, in that order, as VisionTransformer does; head: features to unit rows.
+    rounds: how many micro-batches this process takes in a step.
     """
 
     def __init__(self, backbone, head, loss_fn, clip_grad=3.0, rounds=1, dtype=torch.float32):
@@ -445,7 +462,7 @@ class SimDINO:
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.model = self.student  # or, around it, DistributedDataParallel
         self.params = list(self.student.parameters())
-        groups = [  # biases and norms, of one dimension, are not decayed
+        groups = [  # weight decay is for matrices, not for biases and norms
             {"params": [p for p in self.params if p.ndim > 1], "decays": 1.0},
             {"params": [p for p in self.params if p.ndim == 1], "decays": 0.0},
         ]
@@ -454,18 +471,18 @@ class SimDINO:
         self.device, self.dtype = self.params[0].device, dtype
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.parts = {"student": self.student, "teacher": self.teacher}  # of a checkpoint
+        self.parts = {"student": self.student, "teacher": self.teacher}  # go into checkpoints
         self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
 
-    def step(self, blocks, lr, weight_decay, momentum):
-        """A step over this process's blocks of (seed, views): the whole algorithm.
+    def step(self, micro_batches, lr, weight_decay, momentum):
+        """One step over this process's micro-batches of (seed, views): the whole algorithm.
 
-        The gradient is the mean over the blocks of all processes: that of their whole batch.
-        Returns means of the loss and its parts, and z_s, z_t of the last block, for the log.
+        Its gradient is the mean over the micro-batches of all processes. Returns the means of loss,
+        comp and expa over this process's, and z_s, z_t of the last one, for the log.
         """
-        figures = []
+        metrics = []
         self.optimizer.zero_grad()
-        for taken, (seed, views) in enumerate(blocks, start=1):
+        for taken, (seed, views, *_) in enumerate(micro_batches, start=1):
             torch.manual_seed(seed)  # of augmentation and stochastic depth
             views = augment([view.to(self.device, non_blocking=True) for view in views])
             self.model.require_backward_grad_sync = taken == self.rounds  # DDP: once a step
@@ -475,7 +492,7 @@ class SimDINO:
                 z_s = self.model(views).unflatten(0, (len(views), -1))  # (V, B, d)
             loss, stats = self.loss_fn(z_s, z_t)
             self.scaler.scale(loss / self.rounds).backward()
-            figures.append(torch.stack([loss.detach(), *stats.values()]))
+            metrics.append(torch.stack([loss.detach(), *stats.values()]))
 
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad:  # each tensor by itself, as DINO does
@@ -489,133 +506,130 @@ class SimDINO:
         self.scaler.update()
         with torch.no_grad():  # the teacher: exponential moving average of the student
             torch._foreach_lerp_(list(self.teacher.parameters()), self.params, 1 - momentum)
-        return torch.stack(figures).mean(0), z_s.detach(), z_t
+        return torch.stack(metrics).mean(0), z_s.detach(), z_t
 
 
-# ================================================================================== 2. What runs it
+# ======================================================================================== 2. The run
 
-SCRIPT = Path(__file__)
-RANK = int(os.environ.get("RANK", "0"))  # these three are set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # clears the line it is printed on
-SAID, LOCKS = [0.0], []  # when the last line was printed; files that are locked
-MEMORY = "(if memory is short: --num_workers 0, a larger /dev/shm: docker's --shm-size)"
-BUSY, SIGNALS = [], []  # not empty: a step is being taken; the signals that wait for its end
-
-# ------------------------------------------------------------------------ one run of many processes
-
-
-def start_process():
-    """The device of this process, which joins the others."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if cuda:
-        if LOCAL_RANK >= torch.cuda.device_count():
-            stop(f"no GPU for process {LOCAL_RANK}: lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # off by default for matrix products, not here
-    atexit.register(end_workers)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return device
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun starts so many processes, one a GPU,
+PROCESS = int(os.environ.get("RANK", "0"))  # and tells each its number,
+GPU = int(os.environ.get("LOCAL_RANK", "0"))  # and that of its GPU on this machine.
+SMALL = """--arch vit_nano --patch_size 8 --hidden_dim 512 --drop_path_rate 0 --global_crops_size 32
+--local_crops_size 16 --global_crops_scale 0.25 1 --local_crops_scale 0.15 0.4
+--local_crops_number 6 --epochs 8 --lr 0.005 --warmup_epochs 1 --weight_decay_end 0.04
+--momentum_teacher 0.8 --saveckp_freq 0 --eval_freq 4"""
+# These may differ when a run is resumed. A run is what all other options say.
+FREE = {"data_path", "output_dir", "pretrained_weights", "small_images", "resume_anyway", "eps"}
+FREE |= {"batch_size_per_gpu", "epochs", "max_steps", "amp", "compile", "grad_checkpointing"}
+FREE |= {"num_workers", "saveckp_freq", "eval_freq"}
+# Flags of the official script that are not here, and what to write instead
+OFFICIAL = {"--use_fp16": "--amp fp16", "--reduce_cov": "--group_size 0 --eps_sq EPS for 1"}
+OFFICIAL["--track_wandb"] = "nothing: log.txt has a JSON line for each epoch"
 
 
-def meet(value):
-    """The values of all processes, in order of rank."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
+def within(kind, low, high=1e9):
+    """For type= of an option: numbers of this kind from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low:g} to {high:g}")
+        return kind(text)
+
+    return number
 
 
-def leave(status=0):
-    """End the group where all processes agree to, or gloo's threads may abort; with a status or a
-    message, end the process too."""
-    if WORLD > 1 and dist.is_initialized():
-        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
-        dist.destroy_process_group()
-    if status:
-        raise SystemExit(status if RANK == 0 or isinstance(status, int) else 1)
+def parse_args(argv=None):
+    """The paper's ImageNet recipe or SMALL, as argv, by default the command line, changes it."""
+    examples = "\n".join(__doc__.split("\n")[2:4])
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = f"Train a vision transformer on images without labels.\n\n{examples}"
+    parser.epilog = f"Without --data_path, or with --small_images, the defaults are:\n{SMALL}"
+    parser.error, parser.usage = sys.exit, "torchrun %(prog)s [options]"
 
+    def add(flag, kind, default, text, **more):
+        text += "" if default is None else " [%(default)s]"
+        metavar = None if "choices" in more else "TEXT" if kind is str else "N"
+        parser.add_argument(flag, type=kind, default=default, help=text, metavar=metavar, **more)
 
-class together:
-    """with together(): what stops one process inside stops all at its end, with one line."""
+    def switch(flag, text):
+        parser.add_argument(flag, action="store_true", help=text)
 
-    def __enter__(self):
-        pass
+    count, size = within(int, 0), within(int, 1)
+    share, weight, positive = within(float, 0, 1), within(float, 0), within(float, 1e-12)
+    add("--data_path", str, None, "folder of train/ and val/, of class folders, or of images")
+    add("--output_dir", str, f"output_{Path(__file__).stem}", "folder for everything it writes")
+    add("--pretrained_weights", str, None, "start from this file: ours, or named as DINO's, timm's")
+    switch("--small_images", "the built-in run's defaults, for images of about 32 pixels")
+    switch("--resume_anyway", "go on with a checkpoint of other options or other images")
+    add("--seed", count, 0, "seed of all that is random")
 
-    def __exit__(self, kind, error, trace):
-        problem = getattr(error, "code", error and f"{SCRIPT.name}: {reason(error)}")
-        if kind and not issubclass(kind, (SystemExit, OSError)):  # what nobody expects
-            traceback.print_exception(error)
-        problem = next(filter(None, meet(problem)), None)
-        if problem:
-            leave(problem)
+    add("--arch", str, "vit_base", "size of the backbone", choices=ARCHS)
+    add("--patch_size", size, 16, "side of a patch, pixels")
+    add("--hidden_dim", size, 2048, "width of the projection head")
+    add("--drop_path_rate", within(float, 0, 0.99), 0.1, "stochastic depth: rate at the last block")
+    add("--global_crops_size", size, 224, "side of the 2 global views, pixels")
+    add("--local_crops_size", size, 96, "side of the local views, pixels")
+    add("--global_crops_scale", share, [0.4, 1.0], "range of the share of the area", nargs=2)
+    add("--local_crops_scale", share, [0.05, 0.4], "range of the share of the area", nargs=2)
+    add("--local_crops_number", count, 10, "local views of an image")
 
+    add("--coeff", weight, 1.0, "weight of the mean cosine")
+    add("--eps_sq", positive, 0.4, "square of the radius epsilon in the coding rate R")
+    add("--group_size", count, 64, "images whose R is taken together; 0: all images of a step")
+    add("--eps", positive, None, "official flag: a micro-batch is a group, --eps_sq N x groups")
+    add("--gamma", weight, None, "weight of R [1 / 256 + 1 / batch_size]")
+    add("--expa_type", int, 1, "R of z_s: 0, or of (z_s + z_t) / 2: 1", choices=(0, 1))
 
-@contextmanager
-def or_stop(message):
-    """If what is inside fails, end the run with message and the reason in one line."""
-    try:
-        yield
-    except Exception as error:  # there is no end to what a file may make its reader raise
-        raise SystemExit(f"{SCRIPT.name}: {message} ({reason(error)})") from error
+    add("--epochs", size, 100, "passes over the images")
+    add(
+        "--batch_size", size, None, "images of a step, on all GPUs together [512; small images: 64]"
+    )
+    text = "images that a GPU takes at a time [64]; without --batch_size: that many x GPUs a step"
+    add("--batch_size_per_gpu", size, None, text)
+    add("--lr", positive, 5e-4, "peak learning rate for 256 images a step; it scales with them")
+    add("--min_lr", weight, 1e-6, "learning rate at the end")
+    add("--warmup_epochs", weight, 10.0, "epochs in which the learning rate rises from 0")
+    add("--weight_decay", weight, 0.04, "weight decay at the start")
+    add("--weight_decay_end", weight, 0.4, "weight decay at the end")
+    add("--clip_grad", weight, 3.0, "largest gradient norm of a tensor; 0: no clipping")
+    add("--momentum_teacher", share, 0.996, "momentum of the teacher at the start; 1 at the end")
+    add("--max_steps", count, 0, "stop early, after so many steps; 0: after --epochs")
 
+    text, choices = "auto: bf16 or else fp16 on GPUs, off: float32", ("auto", "bf16", "fp16", "off")
+    add("--amp", str, "auto", text, choices=choices)
+    switch("--compile", "compile the transformer's blocks: faster, after some minutes")
+    switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    add("--num_workers", count, min(10, cores), "data-loading workers per GPU")
+    add("--saveckp_freq", count, 10, "epochs between kept copies of the checkpoint; 0: none")
+    add("--eval_freq", count, 10, "epochs between k-NN accuracies; 0: none")
 
-def stop(message, agreed=False):
-    """End this process with status 1 and one line; agreed: all of them, and the first says it."""
-    end = leave if agreed else sys.exit
-    end(f"{SCRIPT.name}: {message}")
+    argv = sys.argv[1:] if argv is None else argv
+    for flag in OFFICIAL.keys() & {text.split("=")[0] for text in argv}:
+        sys.exit(f"{flag} is an official flag that is not here: write {OFFICIAL[flag]}")
+    args = parser.parse_args(argv)
+    if small := args.small_images or args.data_path is None:
+        args = parser.parse_args([*SMALL.split(), *argv])
+    for pixels in args.global_crops_size, args.local_crops_size:
+        if pixels % args.patch_size:
+            sys.exit(f"crops of {pixels} pixels: no multiple of --patch_size {args.patch_size}")
+    if args.warmup_epochs >= args.epochs:
+        sys.exit(f"--warmup_epochs {args.warmup_epochs:g} must be below --epochs {args.epochs}")
 
-
-def reason(error):
-    """An exception's text in one line; of a worker's, which holds a traceback, the last line."""
-    lines = str(error).split("\n")
-    text = lines[-1] or lines[-2] if "Traceback" in str(error) else " ".join(lines)
-    return " ".join(text.split())[:300] or type(error).__name__
-
-
-def say(text, end="\n"):
-    """Print on the first process. end="": progress; on a terminal the next line takes its place,
-    elsewhere there is one a minute."""
-    if RANK == 0 and (CLEAR or end or time.monotonic() - SAID[0] > 60):
-        SAID[0] = time.monotonic()
-        text = text if end else text[: shutil.get_terminal_size().columns - 1]
-        print(CLEAR + text, end=end if CLEAR else "\n", flush=True)
-
-
-def answer(number, _):
-    """Handler of SIGINT and SIGTERM: ends the process or, if BUSY, lets it save first."""
-    if not BUSY:
-        say(f"{signal.Signals(number).name}: {SCRIPT.name} ends")
-        raise SystemExit(128 + number)
-    SIGNALS.append(number)
-
-
-def last_words(kind, error, trace):
-    """As sys.excepthook: one line if another process or a worker ended first, or the traceback."""
-    if WORLD > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
-        line = f"{SCRIPT.name}: process {RANK} ends, as another one has, most likely"
-        print(f"{line} ({reason(error)})", file=sys.stderr)
-    elif "DataLoader worker" in str(error):
-        print(f"{SCRIPT.name}: {reason(error)} {MEMORY}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def ignore_signals(_):
-    """In a data loading process: the main process answers, and needs it until it ends."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_workers():
-    """At exit: kill the data loading processes, which ignore other signals."""
-    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler raises when a worker dies
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in active_children():
-        worker.kill()
+    own, batch = args.batch_size_per_gpu or 64, args.batch_size or (64 if small else 512)
+    if args.batch_size_per_gpu and not args.batch_size:  # as in DINO: a step of one round
+        batch = own * WORLD
+    own = min(own, max(1, batch // WORLD))
+    group, at_once = own if args.eps else min(args.group_size or batch, batch), own * WORLD
+    if batch % at_once:
+        fit = f"{max(1, batch // at_once) * at_once} or {(batch // at_once + 1) * at_once}"
+        sys.exit(f"--batch_size {batch} is not made of rounds of {WORLD} x {own} images: try {fit}")
+    if own % group and (group % own or at_once % group):
+        fit = f"a divisor of {own}, or a multiple that divides {at_once}"
+        sys.exit(f"--group_size {group} does not fit {WORLD} processes x {own} images: try {fit}")
+    args.batch_size, args.batch_size_per_gpu, args.group_size = batch, own, group
+    args.eps_sq = args.eps * batch / group if args.eps else args.eps_sq
+    return args
 
 
 def seed_from(*numbers):
@@ -623,19 +637,249 @@ def seed_from(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-# --------------------------------------------------------------------------- the images, the labels
+@lru_cache(maxsize=1)
+def order_of(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+class MicroBatches(Dataset):
+    """Item i is micro-batch i % parts of step i // parts: its seed, views, and unreadable files.
+
+    An epoch's images, in random order, are cut into steps of batch_size, and these into parts of
+    batch_size_per_gpu. All that is random is drawn from (seed, epoch, image) in the workers and
+    from (seed, step, part) on the device, so that a run is the same on any number of processes,
+    and one that was killed and resumed ends, on a CPU, with the same bits.
+    """
+
+    def __init__(self, images, args):
+        self.images, self.seed = images, args.seed
+        self.batch, self.size = args.batch_size, args.batch_size_per_gpu
+
+    def __getitem__(self, i):
+        n, (step, part) = len(self.images), divmod(i, self.batch // self.size)
+        epoch, i = divmod(step, n // self.batch)
+        first = i * self.batch + part * self.size
+        chosen = epoch * n + order_of(n, self.seed, epoch)[first : first + self.size]
+        views, _, problems = default_collate([self.images[key] for key in chosen.tolist()])
+        return seed_from(self.seed, step, part), views, [*filter(None, problems)]
+
+
+def build(args, device):
+    """Student, teacher, optimizer and loss as the options say; compiled, and wrapped by DDP."""
+    amp = args.amp
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+    torch.manual_seed(seed_from(args.seed))
+    shape = {"img_size": args.global_crops_size, "patch_size": args.patch_size, **ARCHS[args.arch]}
+    backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
+    backbone.grad_checkpointing = args.grad_checkpointing
+    head, n = ProjectionHead(shape["embed_dim"], args.hidden_dim), args.batch_size
+    gamma = 1 / 256 + 1 / n if args.gamma is None else args.gamma
+    loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, gamma, args.expa_type)
+    rounds = n // (args.batch_size_per_gpu * WORLD)
+    model = SimDINO(backbone.to(device), head.to(device), loss_fn, args.clip_grad, rounds, dtype)
+    if device.type == "cpu":  # there, the fused attention's backward pass is slow in bf16
+        torch.backends.cuda.enable_flash_sdp(dtype == torch.float32)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
+        for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
+            block.compile(dynamic=False)
+    if dist.is_initialized():
+        ddp = nn.parallel.DistributedDataParallel
+        model.model = ddp(model.student, gradient_as_bucket_view=True)
+    return model
+
+
+def cosine_schedule(base, final, total_steps, warmup_steps=0):
+    """(total_steps,) values: linear from 0 to base over the warm-up, then half a cosine."""
+    progress = np.arange(total_steps - warmup_steps) / (total_steps - warmup_steps)
+    cosine = final + (base - final) * (1 + np.cos(np.pi * progress)) / 2
+    return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
+
+
+def main():
+    args, device = parse_args(), start_process()
+    cuda, output = device.type == "cuda", Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "log.txt").touch()  # a folder that cannot be written is known at the start
+    images, judged = open_images(args)
+    batch, per_epoch = args.batch_size, len(images) // args.batch_size
+    steps = args.epochs * per_epoch
+    end = min(steps, args.max_steps or steps)
+    model = build(args, device)
+    card = torch.cuda.get_device_name() if cuda else "CPU"
+    millions = sum(p.numel() for p in model.params) / 1e6
+    say(f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {millions:.1f} M parameters")
+    taken = f"{model.rounds} rounds x {WORLD} processes x {args.batch_size_per_gpu}"
+    say(f"a step: {batch} images = {taken}; {steps} steps = {args.epochs} epochs of {per_epoch}")
+
+    # Start, or resume. metrics: a row for each step of the epoch that is not over
+    path, state = output / "checkpoint.pth", {"epoch": 0, "log": [], "metrics": []}
+    run = vars(args) | {"image_list": hashlib.sha256(b"\0".join(images.names)).hexdigest()[:16]}
+    if any(all_gather(path.exists())):
+        state = restore(path, run, model)
+    elif args.pretrained_weights:
+        load_pretrained(args.pretrained_weights, model)
+    log, metrics = state["log"], state["metrics"]
+    del metrics[per_epoch - 1 :]  # with --resume_anyway there may be fewer images
+    done = state["epoch"] * per_epoch + len(metrics)
+    if len({*all_gather((run["image_list"], done))}) > 1:
+        sys.exit("the processes find different images or checkpoints: they have to share a disk")
+
+    # Schedules, one value a step
+    warmup = int(args.warmup_epochs * per_epoch)
+    lr = cosine_schedule(args.lr * batch / 256, args.min_lr, steps, warmup).tolist()
+    wd = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
+    momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
+
+    # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
+    caught, parts = catch_signals(), batch // args.batch_size_per_gpu
+    own = range(done * parts + PROCESS, end * parts, WORLD)
+    workers = {"num_workers": args.num_workers, "pin_memory": cuda, "worker_init_fn": catch_signals}
+    data = iter(DataLoader(MicroBatches(images, args), batch_size=None, sampler=own, **workers))
+    saved, at_once = time.monotonic(), 10 if cuda else 1
+    while True:
+        epoch, i = divmod(done, per_epoch)
+        due = judged and i == 0 and (epoch % args.eval_freq == 0 or done >= end)
+        if due and (not log or log[-1]["knn"] is None):
+            accuracy = knn_accuracy(*(embed(model, split, workers) for split in judged))
+            say(f"k-NN accuracy after epoch {epoch}: {accuracy:.1f} %")
+            if log:
+                log[-1]["knn"] = accuracy
+                save(path, model, state)
+        if done >= end:
+            break
+
+        # Up to 10 steps, about 5 seconds
+        clock, waited, new, unread = time.perf_counter(), 0.0, [], []
+        if cuda and i == 0:
+            torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
+        for step in range(done, min(done + at_once, done - i + per_epoch, end)):
+            asked = time.perf_counter()
+            micro_batches = [next(data) for _ in range(model.rounds)]
+            waited += time.perf_counter() - asked
+            unread += chain(*(problems for *_, problems in micro_batches))
+            means, z_s, z_t = model.step(micro_batches, lr[step], wd[step], momentum[step])
+            new.append(means)
+
+        # The host waits for the device, and the processes for one another
+        new, now, k = torch.stack(new).tolist(), time.perf_counter(), len(new)
+        rows = [[*row, len(unread) / k, waited / k, (now - clock) / k] for row in new]
+        late = time.monotonic() - saved > 900
+        rows, unread, signals, late = zip(*all_gather((rows, unread, max(caught, default=0), late)))
+        rows, done, number = np.mean(rows, axis=0), done + k, max(signals)
+        if not np.isfinite(rows).all() or model.scaler.get_scale() < 1:  # 1 without fp16
+            sys.exit(f"not finite by step {done}: try a lower --lr, or --amp bf16 or off")
+        named = round(WORLD * sum(row[-3] for row in metrics))
+        for problem in [*chain(*unread)][: max(0, 3 - named)]:  # the first three of an epoch
+            say(f"another image takes the place of one that cannot be read: {problem}")
+        metrics += rows.tolist()
+        at_once = int(np.clip(5 / rows[0, -1], 1, 10))
+        over, rank = (
+            done % per_epoch == 0,
+            effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item(),
+        )
+        loss, comp, expa, bad, waited, seconds = np.mean(metrics, axis=0).tolist()
+        line = f"epoch {epoch + 1}/{args.epochs} step {done}/{steps} loss {rows[-1, 0]:.3f} "
+        line += f"comp {rows[-1, 1]:.3f} expa {rows[-1, 2]:.3f} rank {rank:.1f} "
+        line += f"{batch / seconds:.0f} img/s ETA {timedelta(seconds=int((end - done) * seconds))}"
+        if TERMINAL or over or now // 60 > clock // 60:
+            say(line, stays=over)
+        if over:
+            span = slice(done - per_epoch, done)
+            entry = {"epoch": epoch, "train_loss": loss, "train_comp_loss": comp}
+            entry |= {"train_expa_loss": expa, "train_lr": float(np.mean(lr[span]))}
+            entry |= {"train_wd": float(np.mean(wd[span])), "rank": rank, "knn": None}
+            entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "img_s": batch / seconds}
+            entry |= {"data_wait": waited / seconds, "bad_images": round(WORLD * bad * per_epoch)}
+            entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+            log.append(entry)
+            metrics.clear()
+            if rank < 2 and epoch > 0:
+                say("warning: collapse: try a smaller --eps_sq, a larger --gamma or a lower --lr")
+        state |= {"step": done, "epoch": done // per_epoch, "args": run}
+        if number or max(late) or over or done >= end:
+            save(path, model, state)
+            saved = time.monotonic()
+        if over and args.saveckp_freq and epoch % args.saveckp_freq == 0:
+            save(output / f"checkpoint{epoch:04}.pth", model, state)
+        if number:
+            name = signal.Signals(number).name
+            say(f"{name}: saved {path} at step {done}; the same command goes on from there")
+            os._exit(128 + number)
+    if WORLD > 1:
+        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
+        dist.destroy_process_group()
+    atexit.unregister(os._exit)
+
+
+# ====================================================================== 3. What the run stands on
+
+# ----------------------------------------------------------------------- the processes, and signals
+
+TERMINAL = sys.stdout.isatty()
+
+
+def start_process():
+    """The device of this process, which joins the others."""
+    # At an error the process ends at once: Python would wait for the workers, which catch signals.
+    atexit.register(os._exit, 1)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif torch.version.cuda:
+        say(f"no GPU, so this runs on the CPU; torch needs a driver for CUDA {torch.version.cuda}")
+    if WORLD > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def all_gather(value):
+    """The values of all processes, in their order."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def say(text, stays=True):
+    """Print on the first process; on a terminal, the next line replaces one that does not stay."""
+    if TERMINAL:  # clear the line; cut one that does not stay, so that it does not wrap
+        text = "\r\033[K" + text[: None if stays else shutil.get_terminal_size().columns - 1]
+    try:
+        if PROCESS == 0:
+            print(text, end="" if TERMINAL and not stays else "\n", flush=True)
+    except OSError:  # a closed terminal or pipe costs the line, not the run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def catch_signals(_=None):
+    """A list to which signals are added from now on: the process saves before it ends. A second
+    Ctrl-C ends it at once. Workers catch signals too: they end with their process."""
+    caught = []
+
+    def note(number, _):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} & {*dir(signal)}:
+        if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # as with nohup
+            signal.signal(number, note)
+    return caught
+
+
+# ---------------------------------------------------------------------- the images and their labels
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 EXTENSIONS += (".ppm", ".pgm", ".jp2")
-HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # how names begin that do not exist
-
-
-def digest(data):
-    return hashlib.sha256(data).hexdigest()[:16]
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # names that begin so are skipped
 
 
 def load_image(path):
-    """Any image that Pillow reads -> uint8 (3, H, W), RGB, upright by its EXIF orientation.
+    """Any image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF orientation.
 
     More than 8 bits a pixel are stretched from the image's own lowest to its highest value.
     OSError for what cannot be read.
@@ -652,9 +896,12 @@ def load_image(path):
                 pixels = np.nan_to_num(np.asarray(image, dtype=float), posinf=0, neginf=0)
                 pixels = 255 * (pixels - pixels.min()) / max(np.ptp(pixels), 1e-12)
                 image = Image.fromarray(pixels.round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # there is no end to what a decoder may raise
-        raise OSError(f"{path!r} ({reason(error)})") from error
+        raise OSError(f"{path!a} ({' '.join(str(error).split())})") from error
 
 
 class Images(Dataset):
@@ -686,62 +933,75 @@ class Images(Dataset):
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, each folder visited once."""
-    names, folders, links, seen = [], [""], [], set()
+    """Sorted names (bytes, relative to root) of the images below root, whose folders are visited
+    once each; the number of other files by ending."""
+    names, others, seen, folders, links = [], Counter(), set(), [""], []
     while folders or links:
         folder = (folders or links).pop()  # links last, so that a folder keeps its own name
         path = os.path.join(root, folder)
-        if (real := os.path.realpath(path)) in seen:
+        if os.path.realpath(path) in seen:
             continue
-        seen.add(real)
+        seen.add(os.path.realpath(path))
         for entry in os.scandir(path):
             name = os.path.join(folder, entry.name)
-            nowhere = entry.is_symlink() and not os.path.exists(entry)  # broken, or to itself
-            if entry.name.startswith(HIDDEN) or nowhere:
+            if entry.name.startswith(HIDDEN):
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(name)
-            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            elif entry.is_file() and name.lower().endswith(EXTENSIONS):
                 names.append(os.fsencode(name))
-    return sorted(names)
-
-
-def class_of(name):
-    """The first folder of a name below its split, or None: the image has no label."""
-    folder, separator, _ = os.fsdecode(name).partition(os.sep)
-    return folder if separator else None
+            else:
+                others[os.path.splitext(name)[1]] += 1
+    return sorted(names), others
 
 
 def find_data(root):
-    """-> train, val, why: (folder, names, labels) of each, label -1 for none; val None, and why."""
-    if not root.is_dir():
-        stop(f"{root} is not a folder: --data_path needs one of images")
-    inside = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry))
-    split, val, why = root / "train", None, f"{root} has no val/ or test/ but {inside[:5]}"
-    if not split.is_dir():
-        split_like = r"(?i)(train|val|valid|test)(ing|idation)?([\W_]?(\d+|images|imgs|data|set))?"
-        if found := [name for name in inside if re.fullmatch(split_like, name)]:
-            stop(f"{root} has {found} but no train/: rename one, or give it as --data_path")
-        split = root
-    with or_stop(f"cannot list {split}"):
-        names = find_images(split)
-    folders = [class_of(name) for name in names]
-    classes = {name: i for i, name in enumerate(sorted(set(folders) - {None}))}
-    for held_out in (root / "val", root / "test"):
-        if val or not held_out.is_dir():
-            continue
-        with or_stop(f"cannot list {held_out}"):
-            judged = [name for name in find_images(held_out) if class_of(name)]
-        unknown = sorted({class_of(name) for name in judged} - classes.keys())
-        if len(classes) < 2:
-            why = f"{split} has fewer than two class folders"
-        elif not judged:
-            why = f"{held_out} has no images in class folders"
-        elif unknown:
-            why = f"of the class folders of {held_out} {', '.join(unknown[:5])} are not in {split}"
-        else:
-            val, why = (held_out, judged, [classes[class_of(name)] for name in judged]), ""
-    return (split, names, [classes.get(folder, -1) for folder in folders]), val, why
+    """-> folder, names and labels (-1: none) of the images to train on and, if k-NN is possible, of
+    those to judge by. Says which folders and images there are, what is not used, and why."""
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    inside = [name for name in inside if not name.startswith(HIDDEN)]
+    used = [name for name in ("train", "val", "test") if name in inside][:2]
+    if "train" in used and (unused := {*inside} - {*used}):
+        say(f"not used: {', '.join(sorted(unused)[:5])} in {root}")
+    splits, classes = [], None
+    for folder in [root / name for name in used] if "train" in used else [root]:
+        names, others = find_images(folder)
+        firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
+        own = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
+        classes = classes or own
+        index = {name: i for i, name in enumerate(classes)}
+        splits.append((folder, names, [index.get(name, -1) for name in firsts]))
+        say(f"{folder}: {len(names)} images, {len(own)} class folders {', '.join(own[:3])}")
+        if others:
+            say(f"not read: files that end in {dict(others.most_common(5))}")
+    if len(splits) < 2 or os.path.samefile(splits[0][0], splits[1][0]):
+        say("no k-NN accuracy: it needs train/ and, with other images, val/ or test/")
+    elif len(classes) < 2 or not own or {*own} - {*classes}:
+        missing = sorted({*own} - {*classes})[:3] or "none"
+        say(f"no k-NN accuracy: train/ needs two classes and those of {folder}; missing: {missing}")
+    else:
+        return splits
+    return splits[:1]
+
+
+def open_images(args):
+    """Images to train on; Images to learn from and to judge by for k-NN, or none."""
+    root = Path(args.output_dir, "patterns") if args.data_path is None else Path(args.data_path)
+    if args.data_path is None and PROCESS == 0 and not root.exists():
+        render_patterns(root)
+    all_gather("the patterns are drawn")
+    splits = find_data(root)
+    n, at_once = len(splits[0][1]), args.batch_size_per_gpu * WORLD
+    if n < args.batch_size:
+        fit = n // at_once * at_once or min(n, args.group_size) // WORLD * WORLD
+        sys.exit(f"{n} images in {root}, fewer than a step: try --batch_size {fit}")
+    side, scales = args.global_crops_size, (args.global_crops_scale, args.local_crops_scale)
+    crop = MultiCrop(side, args.local_crops_size, *scales, args.local_crops_number)
+    images, center = Images(*splits[0], crop, args.seed), partial(center_crop, size=side)
+    judged = [Images(*split, center) for split in splits if splits[1:] and args.eval_freq]
+    for some in [images, *judged]:
+        some[0]  # raises if no image can be read
+    return images, judged
 
 
 # -------------------------------------------------------------------------------- the built-in data
@@ -791,46 +1051,39 @@ def render_patterns(root):
     temporary.rename(root)
 
 
-# ----------------------------------------------------------------------------------- the evaluation
+# ------------------------------------------------------------------------------------------- the k-NN
 
 
 def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small ones are not cut."""
-    short = max(size, min(*image.shape[1:], size * 8 // 7))
+    short = min(image.shape[1:])
+    image = TF.center_crop(image, [min(side, 2 * short) for side in image.shape[1:]])  # of a strip
+    short = max(size, min(short, size * 8 // 7))
     image = TF.resize(image, short, TF.InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(image, size)
 
 
 @torch.no_grad()
-def embed(encode, images, num_workers, device):
-    """Of this process's share: unit features and, last, the label; -1: none, -2: cannot be read."""
+def embed(model, images, workers):
+    """On all processes: unit features (n, D) of the teacher's backbone and labels (n,) of the images
+    that have a label and can be read."""
     share = math.ceil(len(images) / WORLD)
-    batch = math.ceil(share / math.ceil(share / 256))  # of one size: one graph, if compiled
-    own = np.arange(RANK, (share + -share % batch) * WORLD, WORLD)
-    surplus = torch.from_numpy(own >= len(images)).split(batch)
-    sampler, rows = (own % len(images)).tolist(), []
-    workers = {"num_workers": num_workers, "worker_init_fn": ignore_signals}
-    loader = DataLoader(images, batch, sampler=sampler, **workers)
-    for (x, label, problems), skip in zip(loader, surplus):
-        z = F.normalize(encode(normalize(x.to(device) / 255)).float(), dim=-1)
-        label[torch.tensor([problem > "" for problem in problems])] = -2
-        rows.append(torch.cat([z, label.masked_fill(skip, -1)[:, None].to(z)], dim=1))
-    return torch.cat(rows)
-
-
-def knn(model, judged, num_workers):
-    """k-NN accuracy of the teacher's backbone; judged: Images to learn from and to judge by."""
-    with together(), or_stop(f"k-NN {MEMORY}"), model.autocast:
-        rows = [embed(model.teacher.backbone, x, num_workers, model.device) for x in judged]
-    rows = [SimDINOLoss.gather(part) for part in rows]
-    if unread := sum((part[:, -1] == -2).sum().item() for part in rows):
-        say(f"{unread} images that cannot be read are left out of the k-NN accuracy")
-    rows = [part[part[:, -1] >= 0] for part in rows]
-    return knn_accuracy(*((part[:, :-1], part[:, -1].long()) for part in rows))
+    own = [i % len(images) for i in range(PROCESS * share, (PROCESS + 1) * share)]
+    rows = []
+    for x, label, problems in DataLoader(images, 256, sampler=own, **workers):
+        with model.autocast:
+            z = model.teacher.backbone(normalize(x.to(model.device) / 255))
+        label[torch.tensor([problem > "" for problem in problems])] = -1
+        rows.append(torch.cat([F.normalize(z.float(), dim=-1), label[:, None].to(z.device)], dim=1))
+    rows = SimDINOLoss.gather(torch.cat(rows))[: len(images)]  # the rest is there twice
+    rows = rows[rows[:, -1] >= 0]
+    if len(rows) < len(images):
+        say(f"k-NN: {len(images) - len(rows)} images have no label or are unreadable: left out")
+    return rows[:, :-1], rows[:, -1].long()
 
 
 def knn_accuracy(train, val, k=20, temperature=0.07):
-    """Top-1 accuracy on val in per cent, neighbours in train voting with exp(cosine / temperature).
+    """Top-1 accuracy on val, %: the k nearest of train vote with exp(cosine / temperature).
 
     train, val: unit features (n, D) and labels (n,).
     """
@@ -844,502 +1097,87 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
     return 100 * hits / len(val[1])
 
 
-# -------------------------------------------------------------------------------------- the options
-
-TINY, INF, AMP = 1e-12, math.inf, ("auto", "bf16", "fp16", "off")
-OPTIONS = {  # flag: (default on the built-in data, the paper's on ImageNet, range, help)
-    "--arch": ("vit_nano", "vit_base", tuple(ARCHS), "backbone, one of " + ", ".join(ARCHS)),
-    "--patch_size": (8, 16, (1, INF), "side of a patch, pixels"),
-    "--hidden_dim": (512, 2048, (1, INF), "width of the projection head"),
-    "--drop_path_rate": (0.0, 0.1, (0, 1 - 1e-6), "stochastic depth, rate at the last block"),
-    "--global_crops_size": (32, 224, (1, INF), "side of the 2 global views, pixels"),
-    "--local_crops_size": (16, 96, (1, INF), "side of the local views, pixels"),
-    "--global_crops_scale": ([0.25, 1.0], [0.4, 1.0], (TINY, 1), "share of the area, global view"),
-    "--local_crops_scale": ([0.15, 0.4], [0.05, 0.4], (TINY, 1), "share of the area, local view"),
-    "--local_crops_number": (6, 10, (0, INF), "local views of an image"),
-    "--coeff": (1.0, 1.0, (0, INF), "weight of comp, the mean cosine"),
-    "--eps_sq": (0.4, 0.4, (TINY, INF), "ε² of the coding rate R"),
-    "--group_size": (64, 64, (0, INF), "images whose R is taken together; 0: those of a step"),
-    "--eps": (None, None, (TINY, INF), "official flag: ε² = EPS batch_size / group, a GPU a group"),
-    "--gamma": (None, None, (0, INF), "weight γ of R; by default (d + n) / (d n), n = batch_size"),
-    "--expa_type": (1, 1, (0, 1), "R of the student's rows (0) or of (student + teacher) / 2 (1)"),
-    "--epochs": (8, 100, (1, INF), "passes over the data"),
-    "--batch_size": (64, 512, (1, INF), "images of a step, all processes and rounds together"),
-    "--batch_size_per_gpu": (64, 64, (1, INF), "images of a process at a time; alone: a step's"),
-    "--lr": (0.005, 0.0005, (TINY, INF), "peak learning rate for 256 images, scaled in proportion"),
-    "--min_lr": (1e-6, 1e-6, (0, INF), "learning rate at the end"),
-    "--warmup_epochs": (1.0, 10.0, (0, INF), "epochs over which the learning rate rises from 0"),
-    "--weight_decay": (0.04, 0.04, (0, INF), "weight decay at the start"),
-    "--weight_decay_end": (0.04, 0.4, (0, INF), "weight decay at the end"),
-    "--clip_grad": (3.0, 3.0, (0, INF), "largest gradient norm of a parameter tensor; 0: any"),
-    "--momentum_teacher": (0.8, 0.996, (0, 1), "the teacher's momentum at the start; 1 at the end"),
-    "--amp": ("auto", "auto", AMP, "auto: bf16 or else fp16 on GPUs; off: float32 without TF32"),
-    "--num_workers": (1, min(10, os.cpu_count()), (0, INF), "data loading processes of a process"),
-    "--saveckp_freq": (0, 10, (0, INF), "keep a copy of the checkpoint every so many epochs"),
-    "--eval_freq": (4, 10, (0, INF), "k-NN accuracy every so many epochs; 0: never"),
-    "--max_steps": (0, 0, (0, INF), "stop after so many steps of the schedule set by --epochs"),
-    "--seed": (0, 0, (0, INF), "of weights, order, views, augmentation, stochastic depth"),
-}
-# What may differ when a run is resumed; all else is the run.
-FREE = "data_path output_dir compile grad_checkpointing small_images eps epochs amp num_workers "
-FREE += "saveckp_freq eval_freq max_steps"
+# ------------------------------------------------------------------------ weights and checkpoints
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="defaults: [on built-in data | on --data_path]")
-    parser.error = refuse = partial(stop, agreed=True)  # all processes have the same flags
-    parser.add_argument("--data_path", help="train/ and val/, class folders, or a folder of images")
-    parser.add_argument("--output_dir", default=f"output_{SCRIPT.stem}", help="of all it writes")
-    text = "start from the backbone (and head) in FILE: ours, official SimDINO(v2), DINO(v2), timm"
-    parser.add_argument("--pretrained_weights", metavar="FILE", help=text)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    text = "with --data_path: the defaults of the built-in data, for images of some 32 pixels"
-    parser.add_argument("--small_images", action="store_true", help=text)
-    text = "compute the activations of a block again in the backward pass: slower, less memory"
-    parser.add_argument("--grad_checkpointing", action="store_true", help=text)
-    for flag, (built_in, imagenet, allowed, text) in OPTIONS.items():
-        many = 2 if isinstance(built_in, list) else None
-        kind = float if many or built_in is None else type(built_in)
-        choices = allowed if kind is str else None
-        text += f" [{built_in} | {imagenet}]"
-        parser.add_argument(flag, type=kind, nargs=many, choices=choices, help=text)
-    args = parser.parse_args(argv)
-    if args.data_path == "":
-        refuse("--data_path is empty")
-    if args.batch_size_per_gpu and args.batch_size is None:  # as in DINO: a step of one round
-        args.batch_size = args.batch_size_per_gpu * WORLD
-    official = args.eps is not None and args.group_size is None  # there, what a GPU takes at a time
-    small = args.small_images or not args.data_path
-    for flag, (built_in, imagenet, allowed, _) in OPTIONS.items():
-        if getattr(args, flag[2:]) is None:
-            setattr(args, flag[2:], built_in if small else imagenet)
-        value = getattr(args, flag[2:])
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, str | None):
-                continue
-            if not (math.isfinite(number) and allowed[0] <= number <= allowed[1]):
-                refuse(f"{flag} {number} is not in the range from {allowed[0]:g} to {allowed[1]:g}")
-        if isinstance(value, list) and value[0] > value[1]:
-            refuse(f"{flag} takes two numbers, the lower one first")
-        if flag.endswith("crops_size") and value % args.patch_size:
-            refuse(f"{flag} {value} is not a multiple of --patch_size {args.patch_size}")
-    if args.warmup_epochs >= args.epochs:
-        refuse(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-
-    n, own = args.batch_size, min(args.batch_size_per_gpu, max(1, args.batch_size // WORLD))
-    at_once, group = own * WORLD, own if official else min(args.group_size or n, n)
-    if n % at_once:
-        fit = f"{max(1, n // at_once) * at_once} or {(n // at_once + 1) * at_once}"
-        refuse(f"--batch_size {n} is not made of rounds of {WORLD} x {own} images: {fit} would be")
-    if own % group and (group % own or at_once % group):  # inside no process, nor made of wholes
-        fit = f"it must divide {own}, or be a multiple of it that divides {at_once}"
-        refuse(f"--group_size {group} does not fit {WORLD} processes x {own} images: {fit}")
-    args.batch_size_per_gpu, args.group_size = own, group
-    if args.eps is not None:
-        args.eps_sq = args.eps * n / group
-    return args
-
-
-def precision(amp, device):
-    """The type that --amp means; "auto" is bf16 or else fp16 on GPUs, float32 on CPUs."""
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
-
-
-def cosine_schedule(base, final, total_steps, warmup_steps=0):
-    """(total_steps,) values: linear from 0 to base over the warm-up, then half a cosine."""
-    progress = np.arange(total_steps - warmup_steps) / (total_steps - warmup_steps)
-    cosine = final + (base - final) * (1 + np.cos(np.pi * progress)) / 2
-    return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
-
-
-def block_keys(n, args, start, end, rank=RANK, world=WORLD):
-    """Yield the keys, epoch * n + image, of each block that process rank takes from step start on.
-
-    A step's images are cut into blocks of batch_size_per_gpu; round k of the process is block
-    k * world + rank. So the blocks are the same whatever the number of processes.
-    """
-    size = args.batch_size_per_gpu
-    for step in range(start, end):
-        epoch, i = divmod(step, n // args.batch_size)
-        if i == 0 or step == start:
-            order = epoch * n + np.random.default_rng((args.seed, epoch)).permutation(n)
-        images = order[i * args.batch_size : (i + 1) * args.batch_size]
-        for block in range(rank, args.batch_size // size, world):
-            yield images[block * size : (block + 1) * size].tolist()
-
-
-# ------------------------------------------------------------------------------ weights from a file
-
-WRAPPERS = {"module", "backbone", "_orig_mod"}  # parts of names: of DDP, DINO, torch.compile
-HEADS = {"head", "dino_head", "ibot_head"}  # used in training; timm's classifier
-# Beside tensors, official checkpoints hold their arguments and NumPy's learning rates.
-SCALAR = np.float64(0).__reduce__()[0]  # rebuilds it; NumPy 1 and 2 pickle it by different names
-SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-SAFE += [argparse.Namespace, np.dtype, type(np.dtype("float64"))]
-
-
-def read_safetensors(path):
-    """Tensors by name: 8 bytes with the length of a JSON header, the header, the numbers."""
-    data = bytearray(Path(path).read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    tensors = {}
-    for name, entry in json.loads(data[8:start]).items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            x, dtype = data[start + begin : start + end], types[entry["dtype"]]
-            x = torch.frombuffer(x, dtype=dtype) if x else torch.empty(0, dtype=dtype)
-            tensors[name] = x.view(entry["shape"])
-    return tensors
-
-
-def read_weights(path, key="teacher"):
-    """-> tensors of the backbone and of the head's mlp in path, by the names used here; the rest.
-
-    path: a checkpoint, which has them under key or "model", or the tensors alone, of simdino.py,
-    simdinov2.py, the official SimDINO(v2), DINO, DINOv2, timm; .pth or .safetensors.
-    """
-    reading = or_stop(f"the weights {path} are missing, damaged, no checkpoint or have code inside")
-    with reading, torch.serialization.safe_globals(SAFE):
-        if str(path).endswith(".safetensors"):
-            state = read_safetensors(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        state = {type(state).__name__: state}
-    weights = state.get(key, state.get("model", state))
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        stop(f"no weights under {key} in {path}; what it has: {', '.join(map(str, state))}")
-
-    tensors, mlp, left_out = {}, {}, set()
-    for name, tensor in weights.items():
-        parts = [part for part in str(name).split(".") if part not in WRAPPERS]
-        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", ".".join(parts))  # chunks of FSDP
-        if re.match(r"(dino_)?head\.mlp\.", name):
-            mlp[name.partition(".")[2]] = tensor
-        elif parts[0] in HEADS:
-            left_out.add(".".join(parts[:2]))
-        else:
-            tensors["register_tokens" if name == "reg_token" else name] = tensor
-    if not {"patch_embed.proj.weight", "pos_embed"} <= tensors.keys():
-        stop(f"{path} holds no vision transformer: no patch_embed.proj.weight and pos_embed")
-    if math.isqrt(tensors["pos_embed"].shape[1]) ** 2 == tensors["pos_embed"].shape[1]:
-        tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))  # timm: none for CLS
-    return tensors, mlp, left_out
-
-
-def load_pretrained(path, backbone, head):
-    """Start backbone, and head if path has one that fits; positions are interpolated."""
-    tensors, mlp, left_out = read_weights(path)
+def read(path):
+    """The dictionary in a .pth file. No code in it is run."""
     try:
-        cls, grid = tensors["pos_embed"].split([1, tensors["pos_embed"].shape[1] - 1], dim=1)
-        if (side := math.isqrt(grid.shape[1])) != backbone.side:
-            grid = grid.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            size = backbone.side, backbone.side
-            grid = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).mT
-            tensors["pos_embed"] = torch.cat([cls, grid], dim=1)
-        backbone.load_state_dict(tensors)
-    except RuntimeError as error:  # lists what is missing, left over or of another shape
-        text = " ".join(str(error).split())
-        stop(f"{path} does not fit this --arch, --patch_size and method: {text}")
-    shapes = [{k: x.shape for k, x in part.items()} for part in (mlp, head.state_dict())]
-    if fits := shapes[0] == shapes[1]:
-        head.load_state_dict(mlp)
-    left_out |= {"head.mlp"} if mlp and not fits else set()
-    text = "backbone and head" if fits else "backbone; the head starts anew"
-    say(f"{path}: {text}; left out: {', '.join(sorted(left_out)) or 'nothing'}")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # there is no end to what a damaged file may make its reader raise
+        why = f"missing, damaged, or more than tensors ({type(error).__name__})"
+        raise SystemExit(f"cannot read {path}: {why}") from error
 
 
-# ---------------------------------------------------------------------------------- the checkpoints
+def load_pretrained(path, model):
+    """Start student and teacher from weights named as here, in DINO or in timm. Positions of another
+    grid are interpolated; the head is taken if its shapes are this head's."""
+    state, backbone, head = read(path), {}, {}
+    for name, tensor in state.get("teacher", state.get("model", state)).items():
+        name = name.replace("module.", "").replace("backbone.", "")
+        (head if name.startswith("head.") else backbone)[name.removeprefix("head.")] = tensor
+    try:
+        cls, grid = backbone["pos_embed"].tensor_split([1], dim=1)
+        grid = grid.unflatten(1, (math.isqrt(grid.shape[1]), -1)).permute(0, 3, 1, 2).float()
+        size = 2 * [model.student.backbone.side]
+        grid = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).mT
+        backbone["pos_embed"] = torch.cat([cls, grid], dim=1)
+        model.student.backbone.load_state_dict(backbone)
+    except (KeyError, RuntimeError) as error:
+        other = f"python eval_linear.py --weights {path} --export start.pth reads other formats"
+        sys.exit(f"{path} does not fit; {other} ({' '.join(str(error).split())})")
+    own = model.student.head.state_dict()
+    head = {k: x for k, x in head.items() if k in own and x.shape == own[k].shape}
+    model.student.head.load_state_dict(head if len(head) == len(own) else own)
+    model.teacher.load_state_dict(model.student.state_dict())
+    say(f"starts from {path}: backbone{' and head' if len(head) == len(own) else ''}")
 
 
-def claim(output):
-    """Make the folder, and lock it as long as this process lives."""
-    with or_stop(f"cannot write to --output_dir {output}"):
-        output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
-    with suppress(ImportError, OSError):  # there is no fcntl on Windows, no lock on some disks
-        import fcntl
-
+def save(path, model, state):
+    """Write model and state to path, which is never half written, and the log beside it."""
+    numbers = [*model.params, *chain(*(x.values() for x in model.optimizer.state.values()))]
+    if not all(x.isfinite().all() for x in numbers):
+        sys.exit(f"weights not finite after step {state['step']}: try a lower --lr, or --amp off")
+    if PROCESS == 0:
+        partial_path = path.with_suffix(".partial")
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stop(f"another run is writing to {output}: choose another --output_dir")
-    LOCKS.append(lock)
+            with partial_path.open("wb") as file:
+                torch.save(state | {k: x.state_dict() for k, x in model.parts.items()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial_path.replace(path)
+            lines = "".join(json.dumps(entry) + "\n" for entry in state["log"])
+            path.with_name("log.txt").write_text(lines)
+        except (OSError, RuntimeError) as error:
+            partial_path.unlink(missing_ok=True)
+            sys.exit(f"cannot write {path}: {error}")
+    all_gather("saved: from here on, a process may end")
 
 
-def write(path, dump):
-    """dump(file) to a temporary file, then rename: path is never half written."""
-    partial_path = path.with_suffix(".partial")
+def restore(path, run, model):
+    """Load the checkpoint at path into model, if it is of this run; -> what else it holds."""
+    state = read(path)
+    old = state.get("args", {})
+    changed = [key for key in run if key not in FREE and old.get(key) != run[key]]
+    if changed and not run["resume_anyway"]:
+        text = "; ".join(f"{key} {old.get(key)}, not {run[key]}" for key in changed)
+        ways = "give another --output_dir, or --resume_anyway"
+        sys.exit(f"{path} is of another run ({text}): {ways}")
     try:
-        with open(partial_path, "wb") as file:
-            dump(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial_path.replace(path)
-    except Exception as error:  # a full disk: torch.save has an error of its own to say of it
-        why = reason(error.__context__ or error)
-        raise SystemExit(f"{SCRIPT.name}: cannot write {path} ({why})") from error
-    finally:  # also after a signal
-        partial_path.unlink(missing_ok=True)
-
-
-def same_run(old, new):
-    """ValueError that names what differs where new is not as in old."""
-    differ = [f"its {k} is {old.get(k)}, not {v}" for k, v in new.items() if old.get(k) != v]
-    if differ:
-        raise ValueError(f"it is of another run: {'; '.join(differ)}")
-
-
-def restore(path, run, parts):
-    """Load student, teacher, optimizer and scaler from path, if it is of this run; -> the rest."""
-    with or_stop(f"cannot resume {path}: move {path.parent} away, or choose another --output_dir"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        same_run(state["args"], {k: v for k, v in run.items() if k not in FREE.split()})
-        for name, part in parts.items():
-            if state[name]:  # not the scaler of a run without one
-                part.load_state_dict(state[name])
-        return state
-
-
-# --------------------------------------------------------------------------------------------- main
-
-
-def open_images(args, root):
-    """Images to train on, those to judge by (train, val; or none), and why there are none."""
-    train, val, why = find_data(root)
-    total, block = len(train[1]), args.batch_size_per_gpu * WORLD
-    if total < WORLD:
-        stop(f"{train[0]} has {total} images ({', '.join(EXTENSIONS)})")
-    if total < args.batch_size:
-        fit = total // block * block or max(min(total, args.group_size) // WORLD, 1) * WORLD
-        stop(f"{train[0]} has {total} images, fewer than a step: try --batch_size {fit}")
-    sizes = args.global_crops_size, args.local_crops_size
-    scales = args.global_crops_scale, args.local_crops_scale
-    images = Images(*train, MultiCrop(*sizes, *scales, args.local_crops_number), args.seed)
-    center = partial(center_crop, size=args.global_crops_size)
-    judged = [Images(*split, center) for split in (train, val) if val and args.eval_freq]
-    for some in (images, *judged[1:]):
-        some[0]  # ends here if no image can be read
-    return images, judged, why if args.eval_freq else "--eval_freq 0"
-
-
-def build(args, device):
-    """Student, teacher, optimizer and loss, as the options say."""
-    torch.manual_seed(seed_from(args.seed))
-    shape = {"img_size": args.global_crops_size, "patch_size": args.patch_size, **ARCHS[args.arch]}
-    backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
-    backbone.grad_checkpointing = args.grad_checkpointing
-    head, n = ProjectionHead(shape["embed_dim"], args.hidden_dim), args.batch_size
-    d = head.mlp[-1].out_features
-    gamma = (d + n) / (d * n) if args.gamma is None else args.gamma
-    loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, gamma, args.expa_type)
-    rounds, dtype = n // (args.batch_size_per_gpu * WORLD), precision(args.amp, device)
-    return SimDINO(backbone.to(device), head.to(device), loss_fn, args.clip_grad, rounds, dtype)
-
-
-def prepare(model, compiled):
-    """Compile the blocks and what changes colours, and wrap the student for several processes."""
-    if compiled:
-        torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
-        for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
-            block.compile(dynamic=False)
-        for name in "adjust_hue", "blend", "grayscale", "normalize":
-            globals()[name] = torch.compile(globals()[name])
-    if model.device.type == "cpu":  # there, the fused attention's backward pass is slow in bf16
-        torch.backends.cuda.enable_flash_sdp(model.dtype == torch.float32)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    if WORLD > 1:
-        ids = [model.device.index] if model.device.type == "cuda" else None
-        ddp = nn.parallel.DistributedDataParallel
-        model.model = ddp(model.student, ids, gradient_as_bucket_view=True)
-
-
-def announce(args, model, images, steps, why):
-    """The first line: what the run does, and on what; then why there is no k-NN accuracy."""
-    card = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
-    size = f"{sum(p.numel() for p in model.params) / 1e6:.1f} M parameters"
-    line = f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {size}; "
-    line += f"a step: {args.batch_size} images = {model.rounds} rounds x {WORLD} processes x "
-    line += f"{args.batch_size_per_gpu}"
-    say(f"{line}; {steps} steps = {args.epochs} epochs of {len(images)} images, {images.root}")
-    if args.data_path and steps < 2000:
-        say(f"{steps} steps are few: a smaller --batch_size or more --epochs makes more of them")
-    if why:
-        say(f"no k-NN accuracy: {why}")
-
-
-def advice(images):
-    """What to do about a collapse on uint8 images (B, 3, H, W)."""
-    if images.float().std((1, 2, 3)).median() < 2:
-        return "the images are (nearly) constant"
-    return "try a smaller --eps_sq, a larger --gamma or a lower --lr"
-
-
-def main():
-    args = parse_args()
-    device, output = start_process(), Path(args.output_dir)
-    root = Path(args.data_path or output / "patterns")
-    with together():
-        if RANK == 0:
-            claim(output)
-            if not (args.data_path or root.exists()):
-                render_patterns(root)
-    with together():
-        images, judged, why = open_images(args, root)
-        run = vars(args) | {"image_list": digest(b"\0".join(images.names))}
-        if args.pretrained_weights:
-            run["pretrained_weights"] = digest(Path(args.pretrained_weights).read_bytes())
-    if len(set(meet(run["image_list"]))) > 1:
-        stop(f"the processes do not find the same images in {images.root}", agreed=True)
-    model = build(args, device)
-    weights, cuda = sum(p.numel() for p in model.params), device.type == "cuda"
-    n, per_epoch = args.batch_size, len(images) // args.batch_size
-    steps = args.epochs * per_epoch
-    end = min(steps, args.max_steps or steps)
-    announce(args, model, images, steps, why)
-
-    # Resume
-    path, log, figures, done = output / "checkpoint.pth", [], [], 0
-    found = any(meet(path.exists()))  # on several machines: all resume, or none
-    with together():
-        if found:
-            state = restore(path, run, model.parts)
-            done, log, figures = state["step"], state["log"], state["figures"]
-            if done < end:
-                log = log[: done // per_epoch]  # an epoch that goes on is logged at its end
-            say(f"resumed {path} at step {done}")
-        elif args.pretrained_weights:
-            load_pretrained(args.pretrained_weights, model.student.backbone, model.student.head)
-            model.teacher.load_state_dict(model.student.state_dict())
-        if RANK == 0 and shutil.disk_usage(output).free < 16 * weights:
-            stop(f"--output_dir {output} has no room for a checkpoint of {16e-9 * weights:.2g} GB")
-    prepare(model, args.compile)
-
-    # Schedules, one value a step
-    warmup = int(args.warmup_epochs * per_epoch)
-    lr = cosine_schedule(args.lr * n / 256, args.min_lr, steps, warmup).tolist()
-    wd = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
-    momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
-
-    keys = block_keys(len(images), args, done, end)
-    workers = {"num_workers": args.num_workers, "worker_init_fn": ignore_signals}
-    loader = DataLoader(images, batch_sampler=keys, pin_memory=cuda, **workers)
-    data, views, waited, unread, named = iter(loader), [], 0.0, 0, set()
-
-    def blocks(step):
-        """This process's blocks of a step, as they come from the workers."""
-        nonlocal views, waited, unread
-        for block in range(RANK, n // args.batch_size_per_gpu, WORLD):
-            asked = time.perf_counter()
-            with or_stop(f"cannot load images {MEMORY}"):
-                views, _, problems = next(data)
-            waited += time.perf_counter() - asked
-            for problem in filter(None, problems):
-                unread += 1
-                if problem not in named and len(named) < 5:
-                    print(f"{CLEAR}unreadable, another takes its place: {problem}", flush=True)
-                    named.add(problem)
-            yield seed_from(args.seed, step, block), views
-
-    def store(name="checkpoint.pth"):
-        """Write the checkpoint, and the log that it holds as a file."""
-        tensors = [x for values in model.optimizer.state.values() for x in values.values()]
-        tensors += [*model.params, *model.teacher.parameters()]
-        with together():
-            if not all(x.isfinite().all() for x in tensors):
-                stop(f"weights are not finite after step {done}: try a lower --lr or --amp off")
-            if RANK == 0:
-                state = {key: part.state_dict() for key, part in model.parts.items()}
-                state |= {"step": done, "epoch": done // per_epoch, "args": run}
-                write(output / name, partial(torch.save, state | {"log": log, "figures": figures}))
-                lines = "".join(json.dumps(entry) + "\n" for entry in log)
-                write(output / "log.txt", lambda file: file.write(lines.encode()))
-
-    def judge():
-        """k-NN accuracy after the epoch that the log ends with, where it is due and not known."""
-        due = done >= end or done % max(1, args.eval_freq * per_epoch) == 0
-        if judged and due and log[-1]["knn"] is None:
-            log[-1]["knn"] = knn(model, judged, args.num_workers)
-            say(f"k-NN accuracy after epoch {len(log)}: {log[-1]['knn']:.1f} %")
-            store()
-
-    if log:
-        judge()
-    elif judged and not done and not args.data_path:
-        say(f"k-NN accuracy of random weights: {knn(model, judged, args.num_workers):.1f} %")
-    saved = time.monotonic()
-    while done < end:
-        epoch = done // per_epoch
-        first, clock, pending, waited, unread = done, time.perf_counter(), [], 0.0, 0
-        stop_at = min(end, (epoch + 1) * per_epoch)
-        BUSY.append(epoch)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
-        for step in range(done, stop_at):
-            figure, z_s, z_t = model.step(blocks(step), lr[step], wd[step], momentum[step])
-            pending.append(figure)
-            done = step + 1
-            if done != stop_at and done % 10 and not (SIGNALS and WORLD == 1):
-                continue
-
-            # Every 10 steps the host waits for the device, and the processes for one another.
-            late = time.monotonic() - saved > 900
-            told = meet((torch.stack(pending).tolist(), max(SIGNALS, default=0), late))
-            new, signals, late = zip(*told)
-            new, pending = np.mean(new, axis=0), []
-            if not np.isfinite(new).all():
-                at = done - len(new) + 1 + np.isfinite(new).all(1).argmin()
-                stop(f"the loss is not finite at step {at}: lower --lr, or --amp off", agreed=True)
-            if model.scaler.get_scale() < 1:  # 1 without fp16
-                stop(f"no finite gradients by step {done}: try --amp bf16 or off", agreed=True)
-            figures += new.tolist()
-            rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item()
-            seconds, (loss, comp, expa) = time.perf_counter() - clock, new[-1]
-            speed = (done - first) * n / seconds
-            line = f"epoch {epoch + 1}/{args.epochs} step {done}/{steps} loss {loss:.3f} "
-            line += f"comp {comp:.3f} expa {expa:.3f} rank {rank:.1f} {speed:.0f} img/s "
-            line += f"ETA {timedelta(seconds=int((end - done) * n / speed))}"
-            say(line, end="\n" if done == stop_at else "")
-            if max(signals):
-                break
-            if late[0]:
-                store()
-                saved = time.monotonic()
-
-        # The end of an epoch, or of what is done of it
-        loss, comp, expa = np.mean(figures, axis=0).tolist()
-        span = slice(epoch * per_epoch, done)
-        entry = {"epoch": epoch, "train_loss": loss, "train_comp_loss": comp}
-        entry |= {"train_expa_loss": expa, "train_lr": float(np.mean(lr[span]))}
-        entry |= {"train_wd": float(np.mean(wd[span])), "rank": rank, "knn": None}
-        entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "img_s": speed}
-        entry |= {"data_wait": waited / seconds, "bad_images": sum(meet(unread))}
-        if entry["bad_images"]:
-            say(f"{entry['bad_images']} images could not be read")
-        entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-        log.append(entry)
-        figures = figures if done % per_epoch else []
-        store()
-        saved = time.monotonic()
-        if args.saveckp_freq and not (done % per_epoch or epoch % args.saveckp_freq):
-            store(f"checkpoint{epoch:04}.pth")
-        BUSY.clear()
-        if number := max(meet(max(SIGNALS, default=0))):
-            say(f"{signal.Signals(number).name}: saved {path} at step {done}, to be resumed")
-            leave(128 + number)
-        if rank < 2 and epoch > 0:
-            say(f"warning: collapse: {advice(views[0])}")
-        judge()
-    leave()
+        # Of the optimizer, the moments: the settings of its groups are this run's.
+        state["optimizer"]["param_groups"] = model.optimizer.state_dict()["param_groups"]
+        for name, part in model.parts.items():
+            if values := state.pop(name):  # not the scaler of a run without one
+                part.load_state_dict(values)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        sys.exit(f"{path} does not fit: {' '.join(str(error).split())}")
+    say(f"resumed {path} at step {state['step']}")
+    return state
 
 
 if __name__ == "__main__":
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, answer)
-    sys.excepthook = last_words
-    for stream in sys.stdout, sys.stderr:  # a file's name may be no valid text
-        stream.reconfigure(errors="backslashreplace")
-    main()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
+    try:
+        main()
+    except OSError as error:  # its text names a file or folder, and what is wrong with it
+        sys.exit(str(error))

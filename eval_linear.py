@@ -355,25 +355,23 @@ class Images(Dataset):
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, whose folders are visited
-    once each; the number of other files by ending."""
-    names, others, seen, folders, links = [], Counter(), set(), [""], []
+    """Sorted names (bytes, relative to root) of the images below root, each folder visited once; and
+    how many other files there are, by ending."""
+    names, others, seen, folders, links = [], Counter(), set(), [root], []
     while folders or links:
         folder = (folders or links).pop()  # links last, so that a folder keeps its own name
-        path = os.path.join(root, folder)
-        if os.path.realpath(path) in seen:
-            continue
-        seen.add(os.path.realpath(path))
-        for entry in os.scandir(path):
-            name = os.path.join(folder, entry.name)
+        real = os.path.realpath(folder)
+        entries = [] if real in seen else os.scandir(folder)
+        seen.add(real)
+        for entry in entries:
             if entry.name.startswith(HIDDEN):
                 continue
             if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(name)
-            elif entry.is_file() and name.lower().endswith(EXTENSIONS):
-                names.append(os.fsencode(name))
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
+                names.append(os.fsencode(entry.path)[len(os.fsencode(root)) + 1 :])
             else:
-                others[os.path.splitext(name)[1]] += 1
+                others[os.path.splitext(entry.name)[1]] += 1
     return sorted(names), others
 
 
@@ -390,19 +388,17 @@ def find_data(root):
         names, others = find_images(folder)
         firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
         own = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
-        classes = classes or own
+        classes = own if classes is None else classes
         index = {name: i for i, name in enumerate(classes)}
         splits.append((folder, names, [index.get(name, -1) for name in firsts]))
         say(f"{folder}: {len(names)} images, {len(own)} class folders {', '.join(own[:3])}")
         if others:
             say(f"not read: files that end in {dict(others.most_common(5))}")
-    if len(splits) < 2 or os.path.samefile(splits[0][0], splits[1][0]):
-        say("no k-NN accuracy: it needs train/ and, with other images, val/ or test/")
-    elif len(classes) < 2 or not own or {*own} - {*classes}:
-        missing = sorted({*own} - {*classes})[:3] or "none"
-        say(f"no k-NN accuracy: train/ needs two classes and those of {folder}; missing: {missing}")
-    else:
+    unknown, other = {*own} - {*classes}, not os.path.samefile(splits[0][0], folder)
+    if other and own and len(classes) > 1 and not unknown:
         return splits
+    text = f"; not in train/: {', '.join(sorted(unknown)[:3])}" if unknown else ""
+    say(f"no k-NN accuracy: it needs train/ and other images of its classes in val/ or test/{text}")
     return splits[:1]
 
 

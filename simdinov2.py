@@ -50,7 +50,7 @@ from collections import Counter, OrderedDict
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain, groupby
+from itertools import chain, groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +107,7 @@ class SimDINOLoss(torch.nn.Module):
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
         super().__init__()
         if not eps_sq > 0 or group_size == 0 or expa_type not in (0, 1):
-            given = f"eps_sq {eps_sq}, group_size {group_size}, expa_type {expa_type}"
-            raise ValueError(f"eps_sq and group_size must be positive, expa_type 0 or 1: {given}")
+            raise ValueError("eps_sq and group_size must be positive, expa_type 0 or 1")
         self.eps_sq, self.group_size, self.coeff = eps_sq, group_size, coeff
         self.gamma, self.expa_type = gamma, expa_type
 
@@ -155,8 +154,7 @@ class SimDINOLoss(torch.nn.Module):
     @classmethod
     def gather(cls, z):
         """Rows (..., B, d) of all processes in their order; those of this one carry gradient."""
-        world = cls.processes()
-        if world == 1:
+        if (world := cls.processes()) == 1:
             return z
         own = z.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(world)]
@@ -349,13 +347,9 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_dim, hidden_dim=2048, out_dim=256):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, out_dim),
-        )
+        first, second = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+        last = nn.Linear(hidden_dim, out_dim)
+        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
         self.apply(init_weights)
 
     def forward(self, x):
@@ -456,9 +450,7 @@ def augment(views):
     """
     first, second, *local = views
     views = [photometric(first, blur=1.0), photometric(second, blur=0.1, solarize=0.2)]
-    if local:
-        views += photometric(torch.cat(local), blur=0.5).split(len(first))
-    return views
+    return views + [*photometric(torch.cat(local), blur=0.5).split(len(first))] if local else views
 
 
 def photometric(x, blur, solarize=0.0):
@@ -553,6 +545,7 @@ class SimDINO:
         self.student, self.params = student, list(student.parameters())
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.model = self.student  # or, around it, DistributedDataParallel
+        self.lr_scales = [group.pop("lr_scale") for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.loss_fn, self.patch_weight = loss_fn, patch_weight
         self.clip_grad, self.rounds = clip_grad, rounds
@@ -589,8 +582,8 @@ class SimDINO:
         if self.clip_grad:  # backbone and head, each as a whole, as DINOv2 does
             nn.utils.clip_grad_norm_(self.student.backbone.parameters(), self.clip_grad)
             nn.utils.clip_grad_norm_(self.student.head.parameters(), self.clip_grad)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        for group, scale in zip(self.optimizer.param_groups, self.lr_scales):
+            group["lr"] = lr * scale
             group["weight_decay"] = weight_decay * group["decays"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -628,7 +621,7 @@ PROCESS = int(os.environ.get("RANK", "0"))  # and tells each its number,
 GPU = int(os.environ.get("LOCAL_RANK", "0"))  # and that of its GPU on this machine.
 SMALL = """--arch vit_nano --patch_size 8 --hidden_dim 512 --drop_path_rate 0 --layerscale 1
 --global_crops_size 32 --local_crops_size 16 --local_crops_scale 0.15 0.4 --local_crops_number 6
---group_size 64 --epochs 8 --lr 0.005 --layerwise_decay 1 --patch_embed_lr_mult 1 --warmup_epochs 1
+--epochs 8 --lr 0.005 --layerwise_decay 1 --patch_embed_lr_mult 1 --warmup_epochs 1
 --weight_decay_end 0.04 --momentum_teacher 0.8 --saveckp_freq 0 --eval_freq 4"""
 # These may differ when a run is resumed. A run is what all other options say.
 FREE = {"data_path", "output_dir", "pretrained_weights", "small_images", "resume_anyway", "eps"}
@@ -694,18 +687,16 @@ def parse_args(argv=None):
 
     add("--coeff", weight, 1.0, "weight of the mean cosine")
     add("--eps_sq", positive, 0.4, "square of the radius epsilon in the coding rate R")
-    add("--group_size", count, 128, "images whose R is taken together; 0: all images of a step")
-    add("--eps", positive, None, "official flag: a micro-batch is a group, --eps_sq N x groups")
+    text = "images whose R is taken together [128; small images: 64; with --eps: a micro-batch]; 0: all"
+    add("--group_size", count, None, text)
+    add(
+        "--eps", positive, None, "official flag, in place of --eps_sq: N times the groups of a step"
+    )
     add("--gamma", weight, None, "weight of R [1 / 256 + 1 / batch_size]")
     add("--expa_type", int, 1, "R of z_s: 0, or of (z_s + z_t) / 2: 1", choices=(0, 1))
 
     add("--epochs", size, 100, "passes over the images")
-    add(
-        "--batch_size",
-        size,
-        None,
-        "images of a step, on all GPUs together [1024; small images: 64]",
-    )
+    add("--batch_size", size, None, "images of a step, on all GPUs [1024; small images: 64]")
     text = "images that a GPU takes at a time [128; small images: 64]; without --batch_size: that many x GPUs a step"
     add("--batch_size_per_gpu", size, None, text)
     add("--lr", positive, 0.004, "peak learning rate, times the root of batch_size / 1024")
@@ -721,8 +712,8 @@ def parse_args(argv=None):
     add("--momentum_teacher", share, 0.9, "momentum of the teacher at the start; 1 at the end")
     add("--max_steps", count, 0, "stop early, after so many steps; 0: after --epochs")
 
-    text, choices = "auto: bf16 or else fp16 on GPUs, off: float32", ("auto", "bf16", "fp16", "off")
-    add("--amp", str, "auto", text, choices=choices)
+    text = "auto: bf16 or else fp16 on GPUs, off: float32"
+    add("--amp", str, "auto", text, choices=("auto", "bf16", "fp16", "off"))
     switch("--compile", "compile the transformer's blocks: faster, after some minutes")
     switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -742,12 +733,14 @@ def parse_args(argv=None):
     if args.warmup_epochs >= args.epochs:
         sys.exit(f"--warmup_epochs {args.warmup_epochs:g} must be below --epochs {args.epochs}")
 
-    own = args.batch_size_per_gpu or (64 if small else 128)
-    batch = args.batch_size or (64 if small else 1024)
+    usual, batch = (64, 64) if small else (128, 1024)
+    batch = args.batch_size or batch
+    own = args.batch_size_per_gpu or usual
     if args.batch_size_per_gpu and not args.batch_size:  # as in DINO: a step of one round
         batch = own * WORLD
     own = min(own, max(1, batch // WORLD))
-    group, at_once = own if args.eps else min(args.group_size or batch, batch), own * WORLD
+    group = (own if args.eps else usual) if args.group_size is None else args.group_size
+    group, at_once = min(group or batch, batch), own * WORLD
     if batch % at_once:
         fit = f"{max(1, batch // at_once) * at_once} or {(batch // at_once + 1) * at_once}"
         sys.exit(f"--batch_size {batch} is not made of rounds of {WORLD} x {own} images: try {fit}")
@@ -822,7 +815,7 @@ def build(args, device):
         torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
         for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
             block.compile(dynamic=False)
-    if dist.is_initialized():
+    if WORLD > 1:
         ddp = nn.parallel.DistributedDataParallel
         model.model = ddp(model.student, gradient_as_bucket_view=True)
     return model
@@ -871,7 +864,7 @@ def main():
     momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
 
     # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
-    caught, parts = catch_signals(), batch // args.batch_size_per_gpu
+    caught, parts = catch_signals(), model.rounds * WORLD
     own = range(done * parts + PROCESS, end * parts, WORLD)
     workers = {"num_workers": args.num_workers, "pin_memory": cuda, "worker_init_fn": catch_signals}
     data = iter(DataLoader(MicroBatches(images, args), batch_size=None, sampler=own, **workers))
@@ -913,17 +906,15 @@ def main():
             say(f"another image takes the place of one that cannot be read: {problem}")
         metrics += rows.tolist()
         at_once = int(np.clip(5 / rows[0, -1], 1, 10))
-        over, rank = (
-            done % per_epoch == 0,
-            effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item(),
-        )
+        over = done % per_epoch == 0
+        rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item()
         loss, comp, expa, patch, bad, waited, seconds = np.mean(metrics, axis=0).tolist()
         line = f"epoch {epoch + 1}/{args.epochs} step {done}/{steps} loss {rows[-1, 0]:.3f} "
         line += f"comp {rows[-1, 1]:.3f} expa {rows[-1, 2]:.3f} "
         line += f"patch {-rows[-1, 3]:.3f} rank {rank:.1f} "
         line += f"{batch / seconds:.0f} img/s ETA {timedelta(seconds=int((end - done) * seconds))}"
-        if TERMINAL or over or now // 60 > clock // 60:
-            say(line, stays=over)
+        if TERMINAL or over or done >= end or now // 60 > clock // 60:
+            say(line, stays=over or done >= end)
         if over:
             span = slice(done - per_epoch, done)
             entry = {"epoch": epoch, "train_loss": loss, "train_comp_loss": comp}
@@ -1071,25 +1062,23 @@ class Images(Dataset):
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, whose folders are visited
-    once each; the number of other files by ending."""
-    names, others, seen, folders, links = [], Counter(), set(), [""], []
+    """Sorted names (bytes, relative to root) of the images below root, each folder visited once; and
+    how many other files there are, by ending."""
+    names, others, seen, folders, links = [], Counter(), set(), [root], []
     while folders or links:
         folder = (folders or links).pop()  # links last, so that a folder keeps its own name
-        path = os.path.join(root, folder)
-        if os.path.realpath(path) in seen:
-            continue
-        seen.add(os.path.realpath(path))
-        for entry in os.scandir(path):
-            name = os.path.join(folder, entry.name)
+        real = os.path.realpath(folder)
+        entries = [] if real in seen else os.scandir(folder)
+        seen.add(real)
+        for entry in entries:
             if entry.name.startswith(HIDDEN):
                 continue
             if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(name)
-            elif entry.is_file() and name.lower().endswith(EXTENSIONS):
-                names.append(os.fsencode(name))
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
+                names.append(os.fsencode(entry.path)[len(os.fsencode(root)) + 1 :])
             else:
-                others[os.path.splitext(name)[1]] += 1
+                others[os.path.splitext(entry.name)[1]] += 1
     return sorted(names), others
 
 
@@ -1106,19 +1095,17 @@ def find_data(root):
         names, others = find_images(folder)
         firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
         own = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
-        classes = classes or own
+        classes = own if classes is None else classes
         index = {name: i for i, name in enumerate(classes)}
         splits.append((folder, names, [index.get(name, -1) for name in firsts]))
         say(f"{folder}: {len(names)} images, {len(own)} class folders {', '.join(own[:3])}")
         if others:
             say(f"not read: files that end in {dict(others.most_common(5))}")
-    if len(splits) < 2 or os.path.samefile(splits[0][0], splits[1][0]):
-        say("no k-NN accuracy: it needs train/ and, with other images, val/ or test/")
-    elif len(classes) < 2 or not own or {*own} - {*classes}:
-        missing = sorted({*own} - {*classes})[:3] or "none"
-        say(f"no k-NN accuracy: train/ needs two classes and those of {folder}; missing: {missing}")
-    else:
+    unknown, other = {*own} - {*classes}, not os.path.samefile(splits[0][0], folder)
+    if other and own and len(classes) > 1 and not unknown:
         return splits
+    text = f"; not in train/: {', '.join(sorted(unknown)[:3])}" if unknown else ""
+    say(f"no k-NN accuracy: it needs train/ and other images of its classes in val/ or test/{text}")
     return splits[:1]
 
 
@@ -1180,12 +1167,10 @@ def render_patterns(root):
     """The built-in data: PNG files root/{train,val}/<kind>/<number>.png, always the same ones."""
     temporary = Path(f"{root}.partial")
     for split, count in ("train", 320), ("val", 80):
-        for kind in range(10):
-            folder = temporary / split / str(kind)
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                rng = np.random.default_rng((split == "val", kind, number))
-                draw_pattern(kind, rng).save(folder / f"{number:03}.png")
+        for kind, number in product(range(10), range(count)):
+            file = temporary / split / str(kind) / f"{number:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draw_pattern(kind, np.random.default_rng((split == "val", kind, number))).save(file)
     temporary.rename(root)
 
 
@@ -1205,15 +1190,14 @@ def center_crop(image, size):
 def embed(model, images, workers):
     """On all processes: unit features (n, D) of the teacher's backbone and labels (n,) of the images
     that have a label and can be read."""
-    share = math.ceil(len(images) / WORLD)
+    rows, share = [], math.ceil(len(images) / WORLD)  # equal shares: some images are taken twice
     own = [i % len(images) for i in range(PROCESS * share, (PROCESS + 1) * share)]
-    rows = []
     for x, label, problems in DataLoader(images, 256, sampler=own, **workers):
         with model.autocast:
             z = model.teacher.backbone(normalize(x.to(model.device) / 255))
         label[torch.tensor([problem > "" for problem in problems])] = -1
         rows.append(torch.cat([F.normalize(z.float(), dim=-1), label[:, None].to(z.device)], dim=1))
-    rows = SimDINOLoss.gather(torch.cat(rows))[: len(images)]  # the rest is there twice
+    rows = SimDINOLoss.gather(torch.cat(rows))[: len(images)]
     rows = rows[rows[:, -1] >= 0]
     if len(rows) < len(images):
         say(f"k-NN: {len(images) - len(rows)} images have no label or are unreadable: left out")
@@ -1225,8 +1209,7 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
 
     train, val: unit features (n, D) and labels (n,).
     """
-    bank, labels = train
-    hits = 0
+    (bank, labels), hits = train, 0
     for z, y in zip(*(column.split(256) for column in val)):
         cosine, nearest = (z @ bank.mT).topk(min(k, len(bank)))
         votes = torch.zeros(len(z), int(labels.max()) + 1, device=z.device)
@@ -1291,9 +1274,9 @@ def save(path, model, state):
             partial_path.replace(path)
             lines = "".join(json.dumps(entry) + "\n" for entry in state["log"])
             path.with_name("log.txt").write_text(lines)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:  # torch.save's own, in whose context is the disk's
             partial_path.unlink(missing_ok=True)
-            sys.exit(f"cannot write {path}: {error}")
+            sys.exit(f"cannot write {path}: {error.__context__ or error}")
     all_gather("saved: from here on, a process may end")
 
 
@@ -1307,8 +1290,6 @@ def restore(path, run, model):
         ways = "give another --output_dir, or --resume_anyway"
         sys.exit(f"{path} is of another run ({text}): {ways}")
     try:
-        # Of the optimizer, the moments: the settings of its groups are this run's.
-        state["optimizer"]["param_groups"] = model.optimizer.state_dict()["param_groups"]
         for name, part in model.parts.items():
             if values := state.pop(name):  # not the scaler of a run without one
                 part.load_state_dict(values)

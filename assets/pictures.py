@@ -93,7 +93,7 @@ def worlds():
     for name, title, axis in zip(("world", "official"), ("here", "official loss"), axes):
         for world, style, color in (1, "-", BLUE), (2, "--", ORANGE), (4, ":", RED):
             state = torch.load(f"runs/{name}-{world}/checkpoint.pth", weights_only=True)
-            loss = np.array([figures[0] for figures in state["figures"]])
+            loss = np.array([row[0] for row in state["metrics"]])
             if world == 1:
                 alone = loss
             print(name, world, "processes: differs by", abs(loss - alone).max())

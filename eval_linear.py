@@ -295,10 +295,10 @@ HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # names that beg
 
 
 def load_image(path):
-    """Any image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF orientation.
+    """Any image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF data.
 
-    More than 8 bits a pixel are stretched from the image's own lowest to its highest value.
-    OSError for what cannot be read.
+    Grayscale of more than 8 bits is stretched from its own lowest to its highest value. OSError
+    for what cannot be read.
     """
     try:
         path = os.fspath(path)
@@ -327,10 +327,10 @@ def normalize(x):
 
 
 class Images(Dataset):
-    """images[epoch * len + i] -> transform(image i), its label, what could not be read or "".
+    """Item epoch * len + i: transform(image i), its label, and which file could not be read, or "".
 
     What is drawn for it depends on (seed, epoch, i) alone, not on the worker. Another image, drawn
-    likewise, takes the place of one that cannot be read; the last item then says which and why.
+    likewise, takes the place of one that cannot be read.
     """
 
     def __init__(self, root, names, labels, transform, seed=0):
@@ -355,8 +355,8 @@ class Images(Dataset):
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, each folder visited once; and
-    how many other files there are, by ending."""
+    """Sorted names (bytes, relative to root) of the images below root, each folder visited once,
+    and the number of all other files by their ending."""
     names, others, seen, folders, links = [], Counter(), set(), [root], []
     while folders or links:
         folder = (folders or links).pop()  # links last, so that a folder keeps its own name
@@ -376,8 +376,8 @@ def find_images(root):
 
 
 def find_data(root):
-    """-> folder, names and labels (-1: none) of the images to train on and, if k-NN is possible, of
-    those to judge by. Says which folders and images there are, what is not used, and why."""
+    """[(folder, names, labels)], label -1 for none: of the images to train on and, where k-NN is
+    possible, of those to judge by. Says what there is, what is not used, and why no k-NN."""
     inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     inside = [name for name in inside if not name.startswith(HIDDEN)]
     used = [name for name in ("train", "val", "test") if name in inside][:2]
@@ -387,15 +387,15 @@ def find_data(root):
     for folder in [root / name for name in used] if "train" in used else [root]:
         names, others = find_images(folder)
         firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
-        own = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
-        classes = own if classes is None else classes
+        here = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
+        classes = here if classes is None else classes
         index = {name: i for i, name in enumerate(classes)}
         splits.append((folder, names, [index.get(name, -1) for name in firsts]))
-        say(f"{folder}: {len(names)} images, {len(own)} class folders {', '.join(own[:3])}")
+        say(f"{folder}: {len(names)} images, {len(here)} class folders {', '.join(here[:3])}")
         if others:
             say(f"not read: files that end in {dict(others.most_common(5))}")
-    unknown, other = {*own} - {*classes}, not os.path.samefile(splits[0][0], folder)
-    if other and own and len(classes) > 1 and not unknown:
+    unknown, other = {*here} - {*classes}, not os.path.samefile(splits[0][0], folder)
+    if other and here and len(classes) > 1 and not unknown:
         return splits
     text = f"; not in train/: {', '.join(sorted(unknown)[:3])}" if unknown else ""
     say(f"no k-NN accuracy: it needs train/ and other images of its classes in val/ or test/{text}")

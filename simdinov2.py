@@ -16,21 +16,22 @@ No coding rate keeps patches apart. Two things work against their collapse: they
 the CLS tokens, whose rate is kept high, and attention makes the CLS tokens from them. Registers are
 tokens where the model can keep notes; without them it writes notes over patches of the background.
 LayerScale starts every branch small. The learning rate falls from block to block towards the
-input. The recipe takes 1,024 images a step, in groups and micro-batches of 128. Four words:
+input. The recipe takes 1,024 images a step, in groups and micro-batches of 128. Four words,
+with the options that set them:
 
-    micro-batch   the images that a process, one a GPU, takes at a time: --batch_size_per_gpu
-    step          an update of the weights by the micro-batches of all processes: --batch_size images
-    round         one micro-batch of each process; their number follows from the two sizes
-    group         the images whose coding rate is taken together: --group_size
+    micro-batch   the images that a process (one per GPU) takes at a time: --batch_size_per_gpu
+    round         one micro-batch of each process
+    step          an update of the weights by as many rounds as give --batch_size images
+    group         the images of a round whose coding rate is taken together: --group_size
 
 The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 70.6, 68.6
 and 67.1 % (seeds 0 to 2) in 2.3 minutes on 2 CPU cores; random weights give 14 to 18 %, raw pixels
-34.2 %. checkpoint.pth holds the trained teacher: `eval_linear.py --weights checkpoint.pth` judges
-its backbone, and exports it to timm.
+34.2 %. checkpoint.pth holds the trained teacher: `eval_linear.py --weights checkpoint.pth` tests
+its backbone, and writes it for timm.
 
 Section 1 is the method: loss, model, views, one training step. Section 2 is the run: the options,
 the images of a step, the training loop. Section 3 holds the helpers that both stand on.
-"Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
+Paper: "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
 "Official" below is the authors' code, github.com/RobinWu218/SimDINO.
 """
 
@@ -75,9 +76,9 @@ def coding_rate(z, eps_sq):
     z: (..., n, d), n rows of length 1 or less; eps_sq: ε² > 0. Returns (...). R is roughly the
     logarithm of how many balls of radius ε fit in the volume that the rows span. With λ the
     eigenvalues of ZᵀZ it is ½ Σ log(1 + d λ / (n ε²)), where Σ λ = n for unit rows. It is smallest,
-    ½ log(1 + d / ε²), when all rows are alike (one λ is n), and largest when the λ are equal:
+    ½ log(1 + d / ε²), when all are parallel (one λ is n), and largest when the λ are equal:
     (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²). For d = 256, n = 64 and
-    ε² = 0.4 these are 3.2 and 76.7. Equal λ are best for any ε; a larger ε pulls less towards them.
+    ε² = 0.4 these are 3.2 and 76.7. Equal λ are best for any ε; with a larger ε they gain less.
     """
     n, d = z.shape[-2:]
     gram = z @ z.mT if n < d else z.mT @ z  # ZZᵀ and ZᵀZ share their non-zero eigenvalues
@@ -90,34 +91,35 @@ def coding_rate(z, eps_sq):
 class SimDINOLoss(torch.nn.Module):
     """loss = -coeff comp - γ R. With coeff 1: mean ½‖z_s - z_t‖² - γ R, without the constant 1.
 
-    comp (official name, "compression"): mean cosine, 1 - ½‖z_s - z_t‖², over all pairs of a
+    comp (official name, from "compression"): mean cosine, 1 - ½‖z_s - z_t‖², over all pairs of a
     teacher's and a student's view. A crop paired with itself is left out: it teaches no invariance.
-    R: mean coding rate over the teacher's views and over groups of group_size images, cut in order
-    from the batch of all processes (None, or more than the batch has: it is one group). Images at
-    the end that fill no group, as in a loader's last batch, have no part in R.
-    The rows of Z are the student's (expa_type 0), or (student + teacher) / 2 (1, the official
-    default), shorter than 1 where the two disagree. expa ("expansion") is γ R.
+    R: mean coding rate over the teacher's views and over groups of group_size images. Groups are
+    cut in order from this process's images if whole groups fit there, else from those of all
+    processes (None, or more than all images: one group). Images left over, as at the end of a
+    loader's last batch, are in no group. The rows of Z are the student's (expa_type 0) or (student
+    + teacher) / 2 (1, the official default), shorter than 1 where the two disagree.
+    expa (from "expansion") is γ R.
     eps_sq 0.4 and groups of 64 are what the published models ran on: on 8 GPUs of 64 images the
-    official code sums over each GPU's 64 rows but divides by all 512, so --eps 0.05 is ε² = 8 * 0.05.
+    official code sums over a GPU's 64 rows but divides by all 512: its --eps 0.05 is ε² = 8 * 0.05.
     gamma: weight of R; None for (d + b) / (d b) = 1/d + 1/b, the authors' heuristic, with b the
-    images of the batch of all processes: for d = 256, 0.0059 at 512, 0.0195 at 64. With accumulated
-    gradients give gamma: by default it is computed from the images of one round.
+    images of a round: for d = 256, 0.0059 at 512, 0.0195 at 64. With several rounds a step give
+    gamma, as the class sees one round only.
     """
 
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
         super().__init__()
-        if not eps_sq > 0 or group_size == 0 or expa_type not in (0, 1):
+        if not eps_sq > 0 or group_size is not None and group_size < 1 or expa_type not in (0, 1):
             raise ValueError("eps_sq and group_size must be positive, expa_type 0 or 1")
         self.eps_sq, self.group_size, self.coeff = eps_sq, group_size, coeff
         self.gamma, self.expa_type = gamma, expa_type
 
     def forward(self, student, teacher):
-        """student (V, B, d), teacher (G, B, d): unit rows; the student's first G views are the
-        teacher's. Returns the loss and detached comp and expa.
+        """student: V views (V, B, d), teacher: the first G of them (G, B, d), unit rows.
+        Returns the loss, and detached comp and expa.
 
-        Rows that are not of unit length are not detected, nor is a B, this process's images, that
-        differs between processes where a group spans them. ValueError if no pair of views is left,
-        or if a group spans processes and does not divide their batch.
+        Not checked: that rows have unit length, and that B, this process's images, is the same on
+        all processes. ValueError for one view, or for a group that is larger than B and does not
+        divide the images of all processes.
         """
         # Autocast would form ZᵀZ in half precision. Where rounding moves an eigenvalue below
         # -n ε² / d, the logarithm is NaN: often at ε² = 0.05, seldom at 0.4.
@@ -125,30 +127,30 @@ class SimDINOLoss(torch.nn.Module):
             dtype = torch.promote_types(student.dtype, torch.float32)
             student, teacher = student.to(dtype), teacher.detach().to(dtype)
             (views, images, d), shared = student.shape, teacher.shape[0]
-            if views * shared == 1:
-                raise ValueError("one view on each side is the same view: there is no pair")
+            if views < 2:
+                raise ValueError("one view makes no pair of different views")
 
-            # comp is a mean over images: the mean of the processes' values is that of the batch.
+            # comp is a mean over images: the mean of the processes' values is that of all images.
             cosine = torch.cosine_similarity(teacher[:, None], student, dim=-1).mean(-1)  # (G, V)
             comp = (cosine.sum() - cosine.diagonal().sum()) / (shared * (views - 1))
 
-            # R is a mean over groups, not over images: a group that spans processes is gathered.
+            # R is a mean over groups, not over images: a group over several processes is gathered.
             z = student[:shared]
             z = z if self.expa_type == 0 else (z + teacher) / 2  # (G, B, d)
-            batch = images * self.processes()
-            group = min(self.group_size or batch, batch)
-            if images % group and batch % group == 0:
-                z = self.gather(z)  # (G, batch, d)
+            total = images * self.processes()
+            group = min(self.group_size or total, total)
+            if images % group and total % group == 0:
+                z = self.gather(z)  # (G, total, d)
             elif group > images:
-                raise ValueError(f"group_size {group} does not divide the batch of {batch} images")
+                raise ValueError(f"group_size {group} does not divide the {total} images")
             z = z[:, : z.shape[1] // group * group].unflatten(1, (-1, group))  # whole groups
-            gamma = (d + batch) / (d * batch) if self.gamma is None else self.gamma
+            gamma = 1 / d + 1 / total if self.gamma is None else self.gamma
             expa = gamma * coding_rate(z, self.eps_sq).mean()
         return -self.coeff * comp - expa, {"comp": comp.detach(), "expa": expa.detach()}
 
     @staticmethod
     def processes():
-        dist = torch.distributed  # by its full name, so that the class can be copied alone
+        dist = torch.distributed  # by its full name: the class and coding_rate can be copied
         return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
     @classmethod
@@ -159,7 +161,7 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(parts, own)
-        # Has the value of z and `world` times its gradient: each process back-propagates through
+        # This has z's value and `world` times its gradient: each process back-propagates through
         # its own rows only, and DDP divides the sum over the processes by world.
         parts[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(parts, dim=-2)
@@ -183,7 +185,7 @@ def effective_rank(rows):
     """How many directions rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ.
 
     1 when all rows are alike, at most min(n, d). The built-in run rises from 1 to 63: its 128 rows
-    are 2 views of 64 images. Below 2 after the first epochs is a collapse. The host waits for it.
+    are 2 views of 64 images. Below 2 after the first epoch is a collapse. The host waits here.
     """
     rows = rows.float()
     gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
@@ -194,7 +196,7 @@ def effective_rank(rows):
 # ---------------------------------------------------------------------------------------- the model
 
 ARCHS = {
-    "vit_nano": {"embed_dim": 96, "depth": 4, "num_heads": 3},  # of the built-in run
+    "vit_nano": {"embed_dim": 96, "depth": 4, "num_heads": 3},  # built-in run
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -385,7 +387,7 @@ class Network(nn.Sequential):
 
 
 class MultiCrop:
-    """In the workers: uint8 (3, H, W) -> list of uint8 views, two global ones first.
+    """Runs in workers: uint8 (3, H, W) -> list of uint8 views, two global ones first.
 
     Random resized crops: a share of the area within scale, aspect 3/4 to 4/3. Images differ in
     size, so each is cropped where it is decoded, and few bytes are sent. All else is arithmetic on
@@ -412,7 +414,7 @@ class MultiCrop:
                 h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
                 if h <= height and w <= width:
                     break
-            h, w = min(max(h, 1), height), min(max(w, 1), width)  # where none of 10 tries fits
+            h, w = min(max(h, 1), height), min(max(w, 1), width)  # if no try fits
             y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
             crop = image[None, :, y : y + h, x : x + w]
             views.append(F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0])
@@ -536,9 +538,10 @@ def normalize(x):
 class SimDINO:
     """Student, teacher and optimizer, and the step that trains them.
 
-    student: a Network; its backbone gives the tokens of images by forward_features and maps a list
-    of batches of images of one size to one feature (D,) an image. groups: AdamW's. patch_weight: of
-    the masked patches' loss. rounds: how many micro-batches this process takes in a step.
+    student: a Network; its backbone gives tokens by forward_features, and maps a batch of images,
+    or a list of batches, to one feature (D,) per image in that order; it has no buffers.
+    groups: AdamW's. patch_weight: of the masked patches' loss. rounds: micro-batches that this
+    process takes in a step.
     """
 
     def __init__(self, student, groups, loss_fn, patch_weight, clip_grad, rounds, dtype):
@@ -556,15 +559,15 @@ class SimDINO:
         self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
 
     def step(self, micro_batches, lr, weight_decay, momentum):
-        """One step over this process's micro-batches of (seed, views, masks, index): the algorithm.
+        """One step over this process's micro-batches, (seed, views, masks, index) each.
 
-        Its gradient is the mean over the micro-batches of all processes. Returns the means of loss,
-        comp, expa and patch loss over this process's, and z_s, z_t of the last one, for the log.
+        The gradient is the mean over all processes' micro-batches. Returns, for the log, this
+        process's mean loss, comp, expa and patch loss, and z_s, z_t of its last micro-batch.
         """
         metrics = []
         self.optimizer.zero_grad()
         for taken, (seed, views, masks, index, *_) in enumerate(micro_batches, start=1):
-            torch.manual_seed(seed)  # of augmentation and stochastic depth
+            torch.manual_seed(seed)  # for augmentation and stochastic depth
             views = augment([view.to(self.device, non_blocking=True) for view in views])
             masks, index = (x.to(self.device, non_blocking=True) for x in (masks, index))
             self.model.require_backward_grad_sync = taken == self.rounds  # DDP: once a step
@@ -614,16 +617,18 @@ def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
     ]
 
 
-# ======================================================================================== 2. The run
+# ====================================================================================== 2. The run
 
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun starts so many processes, one a GPU,
-PROCESS = int(os.environ.get("RANK", "0"))  # and tells each its number,
-GPU = int(os.environ.get("LOCAL_RANK", "0"))  # and that of its GPU on this machine.
+# torchrun sets these: the number of processes, this process's number, that of its GPU
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+PROCESS = int(os.environ.get("RANK", "0"))
+GPU = int(os.environ.get("LOCAL_RANK", "0"))
+# The built-in run's options, where they are not the paper's ImageNet recipe
 SMALL = """--arch vit_nano --patch_size 8 --hidden_dim 512 --drop_path_rate 0 --layerscale 1
 --global_crops_size 32 --local_crops_size 16 --local_crops_scale 0.15 0.4 --local_crops_number 6
 --epochs 8 --lr 0.005 --layerwise_decay 1 --patch_embed_lr_mult 1 --warmup_epochs 1
 --weight_decay_end 0.04 --momentum_teacher 0.8 --saveckp_freq 0 --eval_freq 4"""
-# These may differ when a run is resumed. A run is what all other options say.
+# Options that may change on resume (schedules follow --epochs). Other changes are refused.
 FREE = {"data_path", "output_dir", "pretrained_weights", "small_images", "resume_anyway", "eps"}
 FREE |= {"batch_size_per_gpu", "epochs", "max_steps", "amp", "compile", "grad_checkpointing"}
 FREE |= {"num_workers", "saveckp_freq", "eval_freq"}
@@ -633,7 +638,7 @@ OFFICIAL["--track_wandb"] = "nothing: log.txt has a JSON line for each epoch"
 
 
 def within(kind, low, high=1e9):
-    """For type= of an option: numbers of this kind from low to high."""
+    """A type for argparse: a number of this kind from low to high."""
 
     def number(text):
         if not low <= kind(text) <= high:
@@ -644,7 +649,7 @@ def within(kind, low, high=1e9):
 
 
 def parse_args(argv=None):
-    """The paper's ImageNet recipe or SMALL, as argv, by default the command line, changes it."""
+    """The options: those of argv (the command line), then SMALL or the paper's ImageNet recipe."""
     examples = "\n".join(__doc__.split("\n")[2:4])
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = f"Train a vision transformer on images without labels.\n\n{examples}"
@@ -652,7 +657,7 @@ def parse_args(argv=None):
     parser.error, parser.usage = sys.exit, "torchrun %(prog)s [options]"
 
     def add(flag, kind, default, text, **more):
-        text += "" if default is None else " [%(default)s]"
+        text += "" if default is None else f" [{str(default).strip('[]')}]"
         metavar = None if "choices" in more else "TEXT" if kind is str else "N"
         parser.add_argument(flag, type=kind, default=default, help=text, metavar=metavar, **more)
 
@@ -687,29 +692,25 @@ def parse_args(argv=None):
 
     add("--coeff", weight, 1.0, "weight of the mean cosine")
     add("--eps_sq", positive, 0.4, "square of the radius epsilon in the coding rate R")
-    text = "images whose R is taken together [128; small images: 64; with --eps: a micro-batch]; 0: all"
+    text = "images whose R is taken together [128; small: 64; --eps: a micro-batch]; 0: all"
     add("--group_size", count, None, text)
-    add(
-        "--eps", positive, None, "official flag, in place of --eps_sq: N times the groups of a step"
-    )
+    add("--eps", positive, None, "official flag for --eps_sq: N times the groups of a step")
     add("--gamma", weight, None, "weight of R [1 / 256 + 1 / batch_size]")
     add("--expa_type", int, 1, "R of z_s: 0, or of (z_s + z_t) / 2: 1", choices=(0, 1))
 
-    add("--epochs", size, 100, "passes over the images")
+    add("--epochs", size, 100, "passes over the images, in whole steps")
     add("--batch_size", size, None, "images of a step, on all GPUs [1024; small images: 64]")
-    text = "images that a GPU takes at a time [128; small images: 64]; without --batch_size: that many x GPUs a step"
+    text = "of a GPU at a time [128; small: 64]; without --batch_size: that many x GPUs a step"
     add("--batch_size_per_gpu", size, None, text)
     add("--lr", positive, 0.004, "peak learning rate, times the root of batch_size / 1024")
-    add(
-        "--layerwise_decay", share, 0.9, "factor of the learning rate from a block to the one below"
-    )
+    add("--layerwise_decay", share, 0.9, "factor of the learning rate from a block to one below")
     add("--patch_embed_lr_mult", weight, 0.2, "factor of the patch embedding's learning rate")
-    add("--min_lr", weight, 1e-6, "learning rate at the end")
+    add("--min_lr", weight, 1e-6, "learning rate that is approached at the end")
     add("--warmup_epochs", weight, 10.0, "epochs in which the learning rate rises from 0")
     add("--weight_decay", weight, 0.04, "weight decay at the start")
-    add("--weight_decay_end", weight, 0.4, "weight decay at the end")
+    add("--weight_decay_end", weight, 0.4, "weight decay that is approached at the end")
     add("--clip_grad", weight, 3.0, "largest gradient norm of backbone, of head; 0: no clipping")
-    add("--momentum_teacher", share, 0.9, "momentum of the teacher at the start; 1 at the end")
+    add("--momentum_teacher", share, 0.9, "momentum of the teacher at the start; approaches 1")
     add("--max_steps", count, 0, "stop early, after so many steps; 0: after --epochs")
 
     text = "auto: bf16 or else fp16 on GPUs, off: float32"
@@ -718,8 +719,8 @@ def parse_args(argv=None):
     switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     add("--num_workers", count, min(10, cores), "data-loading workers per GPU")
-    add("--saveckp_freq", count, 10, "epochs between kept copies of the checkpoint; 0: none")
-    add("--eval_freq", count, 10, "epochs between k-NN accuracies; 0: none")
+    add("--saveckp_freq", count, 10, "keep a copy after epoch 1 and then every N epochs; 0: none")
+    add("--eval_freq", count, 10, "k-NN accuracy every N epochs; 0: none")
 
     argv = sys.argv[1:] if argv is None else argv
     for flag in OFFICIAL.keys() & {text.split("=")[0] for text in argv}:
@@ -735,19 +736,19 @@ def parse_args(argv=None):
 
     usual, batch = (64, 64) if small else (128, 1024)
     batch = args.batch_size or batch
-    own = args.batch_size_per_gpu or usual
+    size = args.batch_size_per_gpu or usual
     if args.batch_size_per_gpu and not args.batch_size:  # as in DINO: a step of one round
-        batch = own * WORLD
-    own = min(own, max(1, batch // WORLD))
-    group = (own if args.eps else usual) if args.group_size is None else args.group_size
-    group, at_once = min(group or batch, batch), own * WORLD
-    if batch % at_once:
-        fit = f"{max(1, batch // at_once) * at_once} or {(batch // at_once + 1) * at_once}"
-        sys.exit(f"--batch_size {batch} is not made of rounds of {WORLD} x {own} images: try {fit}")
-    if own % group and (group % own or at_once % group):
-        fit = f"a divisor of {own}, or a multiple that divides {at_once}"
-        sys.exit(f"--group_size {group} does not fit {WORLD} processes x {own} images: try {fit}")
-    args.batch_size, args.batch_size_per_gpu, args.group_size = batch, own, group
+        batch = size * WORLD
+    size = min(size, max(1, batch // WORLD))
+    group = (size if args.eps else usual) if args.group_size is None else args.group_size
+    group, in_round = min(group or batch, batch), size * WORLD
+    if batch % in_round:
+        fit = f"{max(1, batch // in_round) * in_round} or {(batch // in_round + 1) * in_round}"
+        sys.exit(f"--batch_size {batch} is not made of rounds of {WORLD} x {size}: try {fit}")
+    if size % group and (group % size or in_round % group):  # in no micro-batch, nor made of them
+        fit = f"a divisor of {size}, or a multiple that divides {in_round}"
+        sys.exit(f"--group_size {group} does not fit {WORLD} processes x {size} images: try {fit}")
+    args.batch_size, args.batch_size_per_gpu, args.group_size = batch, size, group
     args.eps_sq = args.eps * batch / group if args.eps else args.eps_sq
     return args
 
@@ -763,13 +764,14 @@ def order_of(n, seed, epoch):
 
 
 class MicroBatches(Dataset):
-    """Item i is micro-batch i % parts of step i // parts: its seed, views, masks of its global views,
-    bool (2 B, N), the index (M,) of what they hide, and unreadable files.
+    """Item i is micro-batch i % parts of step i // parts: its seed, views, masks of its global
+    views, bool (2 B, N), the index (M,) of what they hide, and unreadable files.
 
-    An epoch's images, in random order, are cut into steps of batch_size, and these into parts of
-    batch_size_per_gpu. All that is random is drawn from (seed, epoch, image) in the workers and
-    from (seed, step, part) on the device, so that a run is the same on any number of processes,
-    and one that was killed and resumed ends, on a CPU, with the same bits.
+    An epoch's images, in random order, are cut into whole steps of batch_size (the rest is left
+    out), and these into parts of batch_size_per_gpu. All that is random is drawn from (seed, epoch,
+    image) in the workers and from (seed, step, part) on the device. So a run depends on
+    batch_size_per_gpu but, up to rounding, not on the number of processes; on a CPU, a resumed run
+    ends with the same bits.
     """
 
     def __init__(self, images, args):
@@ -780,8 +782,8 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, i):
         n, (step, part) = len(self.images), divmod(i, self.batch // self.size)
-        epoch, i = divmod(step, n // self.batch)
-        first = i * self.batch + part * self.size
+        epoch, step_of_epoch = divmod(step, n // self.batch)
+        first = step_of_epoch * self.batch + part * self.size
         chosen = epoch * n + order_of(n, self.seed, epoch)[first : first + self.size]
         views, _, problems = default_collate([self.images[key] for key in chosen.tolist()])
         masks = block_masks(*self.masks, seed=(self.seed, chosen[0]))
@@ -808,11 +810,11 @@ def build(args, device):
     groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr_mult)
     weight, clip_grad = args.ibot_loss_weight, args.clip_grad
     model = SimDINO(student, groups, loss_fn, weight, clip_grad, rounds, dtype)
-    if device.type == "cpu":  # there, the fused attention's backward pass is slow in bf16
+    if device.type == "cpu":  # there, fused attention has a slow backward pass in bf16
         torch.backends.cuda.enable_flash_sdp(dtype == torch.float32)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # block by block: there is nothing to split
+        torch._dynamo.config.optimize_ddp = False  # it splits graphs; blocks need none
         for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
             block.compile(dynamic=False)
     if WORLD > 1:
@@ -829,6 +831,7 @@ def cosine_schedule(base, final, total_steps, warmup_steps=0):
 
 
 def main():
+    """Train; save after each epoch, every 15 minutes, at the end, and at a signal."""
     args, device = parse_args(), start_process()
     cuda, output = device.type == "cuda", Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -841,10 +844,10 @@ def main():
     card = torch.cuda.get_device_name() if cuda else "CPU"
     millions = sum(p.numel() for p in model.params) / 1e6
     say(f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {millions:.1f} M parameters")
-    taken = f"{model.rounds} rounds x {WORLD} processes x {args.batch_size_per_gpu}"
-    say(f"a step: {batch} images = {taken}; {steps} steps = {args.epochs} epochs of {per_epoch}")
+    shares = f"{model.rounds} rounds x {WORLD} processes x {args.batch_size_per_gpu}"
+    say(f"a step: {batch} images = {shares}; {steps} steps = {args.epochs} epochs of {per_epoch}")
 
-    # Start, or resume. metrics: a row for each step of the epoch that is not over
+    # Start, or resume. metrics: a row for each finished step of the current epoch
     path, state = output / "checkpoint.pth", {"epoch": 0, "log": [], "metrics": []}
     run = vars(args) | {"image_list": hashlib.sha256(b"\0".join(images.names)).hexdigest()[:16]}
     if any(all_gather(path.exists())):
@@ -852,8 +855,9 @@ def main():
     elif args.pretrained_weights:
         load_pretrained(args.pretrained_weights, model)
     log, metrics = state["log"], state["metrics"]
-    del metrics[per_epoch - 1 :]  # with --resume_anyway there may be fewer images
+    del metrics[per_epoch - 1 :]  # with --resume_anyway, the epoch may now be shorter
     done = state["epoch"] * per_epoch + len(metrics)
+    state |= {"step": done, "args": run}
     if len({*all_gather((run["image_list"], done))}) > 1:
         sys.exit("the processes find different images or checkpoints: they have to share a disk")
 
@@ -865,10 +869,10 @@ def main():
 
     # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
     caught, parts = catch_signals(), model.rounds * WORLD
-    own = range(done * parts + PROCESS, end * parts, WORLD)
+    items = range(done * parts + PROCESS, end * parts, WORLD)
     workers = {"num_workers": args.num_workers, "pin_memory": cuda, "worker_init_fn": catch_signals}
-    data = iter(DataLoader(MicroBatches(images, args), batch_size=None, sampler=own, **workers))
-    saved, at_once = time.monotonic(), 10 if cuda else 1
+    data = iter(DataLoader(MicroBatches(images, args), batch_size=None, sampler=items, **workers))
+    saved, chunk = time.monotonic(), 4
     while True:
         epoch, i = divmod(done, per_epoch)
         due = judged and i == 0 and (epoch % args.eval_freq == 0 or done >= end)
@@ -881,34 +885,34 @@ def main():
         if done >= end:
             break
 
-        # Up to 10 steps, about 5 seconds
-        clock, waited, new, unread = time.perf_counter(), 0.0, [], []
+        # A chunk of at most 10 steps, about 5 seconds, in which nothing waits for the device
+        clock, waited, new, unread = time.monotonic(), 0.0, [], []
         if cuda and i == 0:
             torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
-        for step in range(done, min(done + at_once, done - i + per_epoch, end)):
-            asked = time.perf_counter()
+        for step in range(done, min(done + chunk, done - i + per_epoch, end)):
+            asked = time.monotonic()
             micro_batches = [next(data) for _ in range(model.rounds)]
-            waited += time.perf_counter() - asked
-            unread += chain(*(problems for *_, problems in micro_batches))
+            waited += time.monotonic() - asked
+            unread += chain(*(files for *_, files in micro_batches))
             means, z_s, z_t = model.step(micro_batches, lr[step], wd[step], momentum[step])
             new.append(means)
 
-        # The host waits for the device, and the processes for one another
-        new, now, k = torch.stack(new).tolist(), time.perf_counter(), len(new)
-        rows = [[*row, len(unread) / k, waited / k, (now - clock) / k] for row in new]
-        late = time.monotonic() - saved > 900
-        rows, unread, signals, late = zip(*all_gather((rows, unread, max(caught, default=0), late)))
+        # The host waits for the device, and the processes exchange what they have
+        new, now, k = torch.stack(new).tolist(), time.monotonic(), len(new)
+        more = [WORLD * len(unread) / k, waited / k, (now - clock) / k]
+        told = [row + more for row in new], unread, max(caught, default=0), now - saved > 900
+        rows, files, signals, late = zip(*all_gather(told))
         rows, done, number = np.mean(rows, axis=0), done + k, max(signals)
         if not np.isfinite(rows).all() or model.scaler.get_scale() < 1:  # 1 without fp16
             sys.exit(f"not finite by step {done}: try a lower --lr, or --amp bf16 or off")
-        named = round(WORLD * sum(row[-3] for row in metrics))
-        for problem in [*chain(*unread)][: max(0, 3 - named)]:  # the first three of an epoch
-            say(f"another image takes the place of one that cannot be read: {problem}")
+        named = round(sum(row[-3] for row in metrics))  # at most three in an epoch
+        for file in [*chain(*files)][: max(0, 3 - named)]:
+            say(f"another image takes the place of one that cannot be read: {file}")
         metrics += rows.tolist()
-        at_once = int(np.clip(5 / rows[0, -1], 1, 10))
+        chunk = int(np.clip(5 / rows[0, -1], 1, 10))
         over = done % per_epoch == 0
         rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item()
-        loss, comp, expa, patch, bad, waited, seconds = np.mean(metrics, axis=0).tolist()
+        loss, comp, expa, patch, bad, wait, seconds = np.mean(metrics, axis=0).tolist()
         line = f"epoch {epoch + 1}/{args.epochs} step {done}/{steps} loss {rows[-1, 0]:.3f} "
         line += f"comp {rows[-1, 1]:.3f} expa {rows[-1, 2]:.3f} "
         line += f"patch {-rows[-1, 3]:.3f} rank {rank:.1f} "
@@ -922,24 +926,23 @@ def main():
             entry |= {"train_expa_loss": expa, "train_lr": float(np.mean(lr[span]))}
             entry |= {"train_wd": float(np.mean(wd[span])), "rank": rank, "knn": None}
             entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "img_s": batch / seconds}
-            entry |= {"data_wait": waited / seconds, "bad_images": round(WORLD * bad * per_epoch)}
+            entry |= {"data_wait": wait / seconds, "bad_images": round(bad * per_epoch)}
             entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
             log.append(entry)
             metrics.clear()
             if rank < 2 and epoch > 0:
                 say("warning: collapse: try a smaller --eps_sq, a larger --gamma or a lower --lr")
-        state |= {"step": done, "epoch": done // per_epoch, "args": run}
+        state |= {"step": done, "epoch": done // per_epoch}
         if number or max(late) or over or done >= end:
             save(path, model, state)
             saved = time.monotonic()
         if over and args.saveckp_freq and epoch % args.saveckp_freq == 0:
             save(output / f"checkpoint{epoch:04}.pth", model, state)
         if number:
-            name = signal.Signals(number).name
-            say(f"{name}: saved {path} at step {done}; the same command goes on from there")
+            say(f"{signal.Signals(number).name}: saved {path} at step {done}; rerun to resume")
             os._exit(128 + number)
     if WORLD > 1:
-        time.sleep(0.2)  # until gloo's threads hold nothing: PyTorch 2.6 would wait for ever
+        time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
     atexit.unregister(os._exit)
 
@@ -953,7 +956,8 @@ TERMINAL = sys.stdout.isatty()
 
 def start_process():
     """The device of this process, which joins the others."""
-    # At an error the process ends at once: Python would wait for the workers, which catch signals.
+    # After an error end at once: Python would wait for workers, which catch its SIGTERM. main()
+    # undoes this.
     atexit.register(os._exit, 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
@@ -986,16 +990,16 @@ def say(text, stays=True):
 
 
 def catch_signals(_=None):
-    """A list to which signals are added from now on: the process saves before it ends. A second
-    Ctrl-C ends it at once. Workers catch signals too: they end with their process."""
+    """A list to which signals are added from now on; the process saves, then ends itself. Ctrl-C
+    after a first signal ends it at once. Workers catch signals to outlive them until it ends."""
     caught = []
 
     def note(number, _):
         caught.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} & {*dir(signal)}:
-        if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # as with nohup
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} & {*dir(signal)}:  # Windows lacks some
+        if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # nohup
             signal.signal(number, note)
     return caught
 
@@ -1008,10 +1012,10 @@ HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # names that beg
 
 
 def load_image(path):
-    """Any image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF orientation.
+    """Any image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF data.
 
-    More than 8 bits a pixel are stretched from the image's own lowest to its highest value.
-    OSError for what cannot be read.
+    Grayscale of more than 8 bits is stretched from its own lowest to its highest value. OSError
+    for what cannot be read.
     """
     try:
         path = os.fspath(path)
@@ -1034,10 +1038,10 @@ def load_image(path):
 
 
 class Images(Dataset):
-    """images[epoch * len + i] -> transform(image i), its label, what could not be read or "".
+    """Item epoch * len + i: transform(image i), its label, and which file could not be read, or "".
 
     What is drawn for it depends on (seed, epoch, i) alone, not on the worker. Another image, drawn
-    likewise, takes the place of one that cannot be read; the last item then says which and why.
+    likewise, takes the place of one that cannot be read.
     """
 
     def __init__(self, root, names, labels, transform, seed=0):
@@ -1062,8 +1066,8 @@ class Images(Dataset):
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, each folder visited once; and
-    how many other files there are, by ending."""
+    """Sorted names (bytes, relative to root) of the images below root, each folder visited once,
+    and the number of all other files by their ending."""
     names, others, seen, folders, links = [], Counter(), set(), [root], []
     while folders or links:
         folder = (folders or links).pop()  # links last, so that a folder keeps its own name
@@ -1083,8 +1087,8 @@ def find_images(root):
 
 
 def find_data(root):
-    """-> folder, names and labels (-1: none) of the images to train on and, if k-NN is possible, of
-    those to judge by. Says which folders and images there are, what is not used, and why."""
+    """[(folder, names, labels)], label -1 for none: of the images to train on and, where k-NN is
+    possible, of those to judge by. Says what there is, what is not used, and why no k-NN."""
     inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     inside = [name for name in inside if not name.startswith(HIDDEN)]
     used = [name for name in ("train", "val", "test") if name in inside][:2]
@@ -1094,15 +1098,15 @@ def find_data(root):
     for folder in [root / name for name in used] if "train" in used else [root]:
         names, others = find_images(folder)
         firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
-        own = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
-        classes = own if classes is None else classes
+        here = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
+        classes = here if classes is None else classes
         index = {name: i for i, name in enumerate(classes)}
         splits.append((folder, names, [index.get(name, -1) for name in firsts]))
-        say(f"{folder}: {len(names)} images, {len(own)} class folders {', '.join(own[:3])}")
+        say(f"{folder}: {len(names)} images, {len(here)} class folders {', '.join(here[:3])}")
         if others:
             say(f"not read: files that end in {dict(others.most_common(5))}")
-    unknown, other = {*own} - {*classes}, not os.path.samefile(splits[0][0], folder)
-    if other and own and len(classes) > 1 and not unknown:
+    unknown, other = {*here} - {*classes}, not os.path.samefile(splits[0][0], folder)
+    if other and here and len(classes) > 1 and not unknown:
         return splits
     text = f"; not in train/: {', '.join(sorted(unknown)[:3])}" if unknown else ""
     say(f"no k-NN accuracy: it needs train/ and other images of its classes in val/ or test/{text}")
@@ -1116,10 +1120,11 @@ def open_images(args):
         render_patterns(root)
     all_gather("the patterns are drawn")
     splits = find_data(root)
-    n, at_once = len(splits[0][1]), args.batch_size_per_gpu * WORLD
+    n, in_round = len(splits[0][1]), args.batch_size_per_gpu * WORLD
     if n < args.batch_size:
-        fit = n // at_once * at_once or min(n, args.group_size) // WORLD * WORLD
-        sys.exit(f"{n} images in {root}, fewer than a step: try --batch_size {fit}")
+        fit = n // in_round * in_round or min(n, args.group_size) // WORLD * WORLD
+        advice = f"try --batch_size {fit}" if fit else "give another --data_path"
+        sys.exit(f"{n} images in {splits[0][0]}, fewer than a step: {advice}")
     side, scales = args.global_crops_size, (args.global_crops_scale, args.local_crops_scale)
     crop = MultiCrop(side, args.local_crops_size, *scales, args.local_crops_number)
     images, center = Images(*splits[0], crop, args.seed), partial(center_crop, size=side)
@@ -1174,13 +1179,13 @@ def render_patterns(root):
     temporary.rename(root)
 
 
-# ------------------------------------------------------------------------------------------- the k-NN
+# ---------------------------------------------------------------------------------------- the k-NN
 
 
 def center_crop(image, size):
-    """uint8 (3, H, W) -> (3, size, size): Resize(256), CenterCrop(224); small ones are not cut."""
+    """uint8 (3, H, W) -> (3, size, size): for 224, Resize(256), CenterCrop(224) if it is larger."""
     short = min(image.shape[1:])
-    image = TF.center_crop(image, [min(side, 2 * short) for side in image.shape[1:]])  # of a strip
+    image = TF.center_crop(image, [min(side, 2 * short) for side in image.shape[1:]])  # trim
     short = max(size, min(short, size * 8 // 7))
     image = TF.resize(image, short, TF.InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(image, size)
@@ -1188,11 +1193,11 @@ def center_crop(image, size):
 
 @torch.no_grad()
 def embed(model, images, workers):
-    """On all processes: unit features (n, D) of the teacher's backbone and labels (n,) of the images
-    that have a label and can be read."""
+    """On all processes: unit features (n, D) of the teacher's backbone and labels (n,), of the
+    images that have a label and can be read."""
     rows, share = [], math.ceil(len(images) / WORLD)  # equal shares: some images are taken twice
-    own = [i % len(images) for i in range(PROCESS * share, (PROCESS + 1) * share)]
-    for x, label, problems in DataLoader(images, 256, sampler=own, **workers):
+    chosen = [i % len(images) for i in range(PROCESS * share, (PROCESS + 1) * share)]
+    for x, label, problems in DataLoader(images, 256, sampler=chosen, **workers):
         with model.autocast:
             z = model.teacher.backbone(normalize(x.to(model.device) / 255))
         label[torch.tensor([problem > "" for problem in problems])] = -1
@@ -1218,7 +1223,7 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
     return 100 * hits / len(val[1])
 
 
-# ------------------------------------------------------------------------ weights and checkpoints
+# ------------------------------------------------------------------------- weights and checkpoints
 
 
 def read(path):
@@ -1231,32 +1236,34 @@ def read(path):
 
 
 def load_pretrained(path, model):
-    """Start student and teacher from weights named as here, in DINO or in timm. Positions of another
-    grid are interpolated; the head is taken if its shapes are this head's."""
+    """Start student and teacher from weights named as here, in DINO or in timm. Positions of
+    another grid are interpolated; the head is taken if its shapes are this head's."""
     state, backbone, head = read(path), {}, {}
-    for name, tensor in state.get("teacher", state.get("model", state)).items():
-        name = name.replace("module.", "").replace("backbone.", "")
-        (head if name.startswith("head.") else backbone)[name.removeprefix("head.")] = tensor
-    own = model.student.backbone.state_dict()
-    backbone.setdefault("mask_token", own["mask_token"])
-    backbone.setdefault("register_tokens", backbone.pop("reg_token", own["register_tokens"][:, :0]))
     try:
-        if math.isqrt(backbone["pos_embed"].shape[1]) ** 2 == backbone["pos_embed"].shape[1]:
-            backbone["pos_embed"] = F.pad(backbone["pos_embed"], (0, 0, 1, 0))  # timm: none of CLS
+        for name, tensor in state.get("teacher", state.get("model", state)).items():
+            name = name.replace("module.", "").replace("backbone.", "")
+            (head if name.startswith("head.") else backbone)[name.removeprefix("head.")] = tensor
+        own, n = model.student.backbone.state_dict(), backbone["pos_embed"].shape[1]
+        backbone.setdefault("mask_token", own["mask_token"])
+        registers = backbone.pop("reg_token", own["register_tokens"][:, :0])  # timm's name
+        backbone.setdefault("register_tokens", registers)
+        if math.isqrt(n) ** 2 == n:  # timm's: no position of the CLS token
+            backbone["pos_embed"] = F.pad(backbone["pos_embed"], (0, 0, 1, 0))
         cls, grid = backbone["pos_embed"].tensor_split([1], dim=1)
         grid = grid.unflatten(1, (math.isqrt(grid.shape[1]), -1)).permute(0, 3, 1, 2).float()
         size = 2 * [model.student.backbone.side]
         grid = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).mT
         backbone["pos_embed"] = torch.cat([cls, grid], dim=1)
         model.student.backbone.load_state_dict(backbone)
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError) as error:
         other = f"python eval_linear.py --weights {path} --export start.pth reads other formats"
         sys.exit(f"{path} does not fit; {other} ({' '.join(str(error).split())})")
-    own = model.student.head.state_dict()
-    head = {k: x for k, x in head.items() if k in own and x.shape == own[k].shape}
-    model.student.head.load_state_dict(head if len(head) == len(own) else own)
+    fits = {k: x.shape for k, x in model.student.head.state_dict().items()}
+    head = {k: x for k, x in head.items() if k in fits and x.shape == fits[k]}
+    if len(head) == len(fits):
+        model.student.head.load_state_dict(head)
     model.teacher.load_state_dict(model.student.state_dict())
-    say(f"starts from {path}: backbone{' and head' if len(head) == len(own) else ''}")
+    say(f"starts from {path}: backbone{' and head' if len(head) == len(fits) else ''}")
 
 
 def save(path, model, state):
@@ -1274,7 +1281,7 @@ def save(path, model, state):
             partial_path.replace(path)
             lines = "".join(json.dumps(entry) + "\n" for entry in state["log"])
             path.with_name("log.txt").write_text(lines)
-        except (OSError, RuntimeError) as error:  # torch.save's own, in whose context is the disk's
+        except (OSError, RuntimeError) as error:  # torch.save's has the disk's as context
             partial_path.unlink(missing_ok=True)
             sys.exit(f"cannot write {path}: {error.__context__ or error}")
     all_gather("saved: from here on, a process may end")
@@ -1291,12 +1298,12 @@ def restore(path, run, model):
         sys.exit(f"{path} is of another run ({text}): {ways}")
     try:
         for name, part in model.parts.items():
-            if values := state.pop(name):  # not the scaler of a run without one
+            if values := state.pop(name):  # empty: the scaler of a run without fp16
                 part.load_state_dict(values)
+        say(f"resumed {path} at step {state['step']}")
+        return {key: state[key] for key in ("epoch", "log", "metrics")}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         sys.exit(f"{path} does not fit: {' '.join(str(error).split())}")
-    say(f"resumed {path} at step {state['step']}")
-    return state
 
 
 if __name__ == "__main__":

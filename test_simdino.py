@@ -79,36 +79,11 @@ def fingerprint(x):
     return (x * torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view_as(x)).sum().item()
 
 
-TINY = [
-    "--arch",
-    "vit_nano",
-    "--patch_size",
-    "8",
-    "--hidden_dim",
-    "32",
-    "--global_crops_size",
-    "32",
-    "--local_crops_size",
-    "16",
-    "--local_crops_number",
-    "2",
-    "--batch_size_per_gpu",
-    "8",
-    "--epochs",
-    "4",
-    "--warmup_epochs",
-    "1",
-    "--num_workers",
-    "0",
-    "--drop_path_rate",
-    "0.1",
-    "--lr",
-    "0.001",
-    "--eval_freq",
-    "2",
-    "--saveckp_freq",
-    "2",
-]
+TINY = shlex.split(
+    "--arch vit_nano --patch_size 8 --hidden_dim 32 --global_crops_size 32 --local_crops_size 16 "
+    "--local_crops_number 2 --batch_size_per_gpu 8 --epochs 4 --warmup_epochs 1 --num_workers 0 "
+    "--drop_path_rate 0.1 --lr 0.001 --eval_freq 2 --saveckp_freq 2"
+)
 
 
 def tiny(data, output, *more):
@@ -333,14 +308,14 @@ def test_effective_rank_counts_the_directions_in_use():
 
 
 @parametrize(
-    "options, shapes, named",
-    [({"eps_sq": 0}, 0, "eps_sq"), ({"eps_sq": math.nan}, 0, "eps_sq")]
-    + [({"group_size": 0}, 0, "group_size"), ({"expa_type": 2}, 0, "expa_type")]
-    + [({}, (1, 1, 64), "no pair"), ({}, (3, 2, 32), "group_size 64 does not divide .* 96 images")],
+    "error, options, shapes",
+    [("eps_sq", {"eps_sq": 0}, 0), ("eps_sq", {"eps_sq": math.nan}, 0)]
+    + [("group_size", {"group_size": 0}, 0), ("expa_type", {"expa_type": 2}, 0)]
+    + [("one view", {}, (1, 1, 64)), ("group_size 64 does not divide .*96 images", {}, (3, 2, 32))],
 )
-def test_loss_names_what_is_wrong(monkeypatch, options, shapes, named):
+def test_loss_names_what_is_wrong(monkeypatch, error, options, shapes):
     monkeypatch.setattr(SimDINOLoss, "processes", staticmethod(lambda: 3))
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=error):
         loss_fn, (views, shared, n) = SimDINOLoss(**options), shapes
         loss_fn(rows(views, n, 8, a=0.3), rows(shared, n, 8, a=0.2))
 
@@ -558,23 +533,20 @@ def test_projection_head_gives_unit_rows_in_float32():
 
 
 def test_masked_patch_loss_is_the_mean_over_crops_of_the_mean_over_their_masked_patches():
-    masks = waves(6, 16, a=0.3) > 0.4
+    masks, loss_fn = waves(6, 16, a=0.3) > 0.4, simdinov2.masked_patch_loss
     masks[2] = False  # counts among the 6 and adds nothing
     student, teacher = rows(31, 12, a=0.37).requires_grad_(), rows(31, 12, a=0.11)
     cosine = (student * teacher).sum(-1) / student.norm(dim=-1)
-    expected, counts = 0, masks.sum(1).tolist()
-    assert sum(counts) == 31
-    for own in cosine.split(counts):
-        expected = expected - (own.mean() if len(own) else 0) / 6
-    loss = simdinov2.masked_patch_loss(student, teacher, masks)
-    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)  # 1 / count is in float32
-    ours, theirs = (torch.autograd.grad(x, student)[0] for x in (loss, expected))
-    assert (ours - theirs).norm() < 1e-7 * theirs.norm()
+    means = [own.mean() for own in cosine.split(masks.sum(1).tolist()) if len(own)]
+    assert len(means) == 5
+    expected = -sum(means) / 6
+    check_equal(
+        loss_fn(student, teacher, masks), expected, student, 1e-7
+    )  # 1 / count is in float32
     with torch.autocast("cpu", torch.bfloat16):
-        half = simdinov2.masked_patch_loss(student.float(), teacher.float(), masks)
-    assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=1e-5)
-    nothing = simdinov2.masked_patch_loss(student[:0], teacher[:0], torch.zeros_like(masks))
-    assert nothing.item() == 0
+        half = loss_fn(student.float(), teacher.float(), masks)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss_fn(student[:0], teacher[:0], torch.zeros_like(masks)) == 0
 
 
 def regions(mask):
@@ -697,15 +669,13 @@ def test_load_image_applies_exif_orientation(tmp_path, orientation, extension):
     assert image.shape == expected.shape and np.abs(image - expected).max() <= 2
 
 
-@parametrize(
-    "content, reason",
-    [(b"", "cannot identify"), (3000, "truncated"), (None, "No such file")],
-)
+@parametrize("content, reason", [(0, "cannot identify"), (3000, "truncated"), (-1, "No such file")])
 def test_the_reason_why_an_image_is_unreadable_is_said_in_one_line(tmp_path, content, reason):
     path = tmp_path / "x.png"
-    if content is not None:
-        photo(150, 150).save(path)
-        path.write_bytes(path.read_bytes()[:content] if content else b"")
+    photo(150, 150).save(path)
+    path.write_bytes(path.read_bytes()[:content])
+    if content < 0:
+        path.unlink()
     with pytest.raises(OSError, match=reason) as error:
         simdino.load_image(path)
     assert re.fullmatch(rf"'{path}' \(.+\)", str(error.value))
@@ -765,10 +735,9 @@ def test_multicrop_resizes_as_torchvision_does(monkeypatch):
     tensor = torch.from_numpy(np.array(photo(96, 96))).permute(2, 0, 1)
     # Aspect 1 and the full area: the crop is the whole image.
     monkeypatch.setattr(torch, "rand", lambda *shape, **kind: torch.full(shape, 0.5, **kind))
-    image = simdino.MultiCrop(40, 40, (1.0, 1.0))(tensor)[0]
-    bicubic = TF.InterpolationMode.BICUBIC
-    expected = TF.resize(tensor, [40, 40], bicubic, antialias=True)
-    assert (image.int() - expected.int()).abs().max() <= 1
+    image = simdino.MultiCrop(40, 40, (1.0, 1.0))(tensor)[0].int()
+    expected = TF.resize(tensor, [40, 40], TF.InterpolationMode.BICUBIC, antialias=True)
+    assert (image - expected.int()).abs().max() <= 1
     with_pillow = np.array(photo(96, 96).resize((40, 40), Image.BICUBIC)).astype(int)
     assert np.abs(image.permute(1, 2, 0).numpy() - with_pillow).max() <= 1
 
@@ -870,20 +839,16 @@ def tree(root, *paths):
     return root
 
 
-KINDS = "jpg jpeg JPEG jfif png webp bmp tif tiff gif ppm pgm jp2 avif"
-
-
-@parametrize("extension", shlex.split(KINDS))
-def test_images_of_all_usual_extensions_are_found_and_read(tmp_path, extension):
-    path, form = tmp_path / f"x.{extension}", extension.lower()
-    form = {"jpg": "jpeg", "jfif": "jpeg", "tif": "tiff", "jp2": "jpeg2000"}.get(form, form)
-    form = "ppm" if form == "pgm" else form
-    if extension == "avif" and not features.check("avif"):
+@parametrize("end", shlex.split("jpg jpeg JPEG jfif png webp bmp tif tiff gif ppm pgm jp2 avif"))
+def test_images_of_all_usual_extensions_are_found_and_read(tmp_path, end):
+    path, form = tmp_path / f"x.{end}", end.lower()
+    forms = {"jpg": "jpeg", "jfif": "jpeg", "tif": "tiff", "jp2": "jpeg2000", "pgm": "ppm"}
+    if end == "avif" and not features.check("avif"):
         path.touch()
     else:
-        Image.new("RGB", (16, 8), (200, 0, 0)).save(path, format=form)
+        Image.new("RGB", (16, 8), (200, 0, 0)).save(path, format=forms.get(form, form))
         assert simdino.load_image(path).shape == (3, 8, 16)
-    tree(tmp_path, f"._x.{extension}", "notes.txt", "a/more.txt", "readme")
+    tree(tmp_path, f"._x.{end}", "notes.txt", "a/more.txt", "readme")
     assert simdino.find_images(tmp_path) == ([path.name.encode()], {".txt": 2, "": 1})
 
 
@@ -919,20 +884,14 @@ def test_a_label_is_the_first_folder_and_hidden_names_do_not_exist(tmp_path, cap
 
 
 @parametrize(
-    "paths, reason",
-    [
-        ("1.png 2.png", "it needs train/ and, with other images, val/ or test/"),
-        ("a/ b/", "it needs train/"),
-        ("train/a/ train/b/ validation/a/1.png", "it needs train/"),
-        ("train/a/ train/b/ val>train", "with other images, val/"),
-        ("train/ val/", "two classes"),
-        ("train/ val/a/ val/b/", "two classes"),
-        ("train/a/ val/a/1.png", "two classes"),
-        ("train/a/ train/b/ val/1.png", "missing: none"),
-        ("train/Cat/ train/Dog/ val/cat/1.png val/Dog/1.png", "missing: ['cat']"),
-    ],
+    "paths, unknown",
+    [("1.png 2.png", ""), ("a/ b/", ""), ("train/a/ train/b/", ""), ("train/ val/", "")]
+    + [("train/a/ train/b/ validation/a/1.png", ""), ("train/a/ train/b/ val>train", "")]
+    + [("train/a/ val/a/1.png", ""), ("train/a/ train/b/ val/1.png", "")]
+    + [("train/ val/a/ val/b/", "; not in train/: a, b")]
+    + [("train/Cat/ train/Dog/ val/cat/1.png val/Dog/1.png", "; not in train/: cat")],
 )
-def test_where_there_is_no_accuracy_one_line_says_why(capsys, tmp_path, paths, reason):
+def test_where_there_is_no_accuracy_one_line_says_why(capsys, tmp_path, paths, unknown):
     for path in paths.split():
         if ">" in path:
             (tmp_path / path.split(">")[0]).symlink_to(path.split(">")[1])
@@ -941,7 +900,8 @@ def test_where_there_is_no_accuracy_one_line_says_why(capsys, tmp_path, paths, r
     ((folder, names, _),) = simdino.find_data(tmp_path)
     assert folder == tmp_path / ("train" if "train" in paths else "") and names
     said = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
-    assert len(said) == 1 and said[0].startswith("no k-NN accuracy: ") and reason in said[0]
+    why = "no k-NN accuracy: it needs train/ and other images of its classes in val/ or test/"
+    assert said == [why + unknown]
 
 
 @parametrize("count", [30, 100, 511])
@@ -1018,15 +978,6 @@ def test_a_step_clips_takes_adamws_and_moves_the_teacher(script):
     assert loss == pytest.approx(-comp - expa + sum(patch), abs=1e-6)
     rate = coding_rate((z_s[:2] + z_t) / 2, 0.4).mean().item()
     assert expa == pytest.approx((256 + 8) / (256 * 8) * rate, rel=1e-5)
-
-
-def test_gammas_n_is_the_batch_size_not_that_of_a_round(script):
-    for n, own, group in (512, 64, 64), (32, 8, 4), (8, 8, 8):
-        flags = ["--batch_size", n, "--batch_size_per_gpu", own, "--group_size", group]
-        model = build(script, *flags)
-        assert model.rounds == n // own
-        assert model.loss_fn.gamma == pytest.approx((256 + n) / (256 * n), rel=1e-12)
-    assert build(script, "--gamma", 0.5).loss_fn.gamma == 0.5
 
 
 def test_checkpointed_gradients_are_the_same_to_the_last_bit(script):
@@ -1148,9 +1099,7 @@ def test_help_opens_with_usage_a_sentence_and_two_examples_even_into_a_pipe(scri
     assert status == 0 and text.isascii()
     assert lines[0] == f"usage: torchrun {script.__name__}.py [options]" and lines[1].endswith(".")
     assert all(line.startswith("    torchrun ") for line in lines[2:4])
-    assert all(
-        re.search(rf"^  --{flag}\b", text, re.MULTILINE) for flag in vars(script.parse_args([]))
-    )
+    assert {*re.findall(r"^  --(\w+)", text, re.MULTILINE)} == vars(script.parse_args([])).keys()
 
 
 # ------------------------------------------------------------------- which images a step takes, k-NN
@@ -1188,20 +1137,15 @@ def test_steps_take_the_same_images_however_they_are_cut_into_micro_batches(scri
     assert {key // 50 for key in first} == {0} and {key // 50 for key in second} == {1}
     items, others = micro_batches(script, 3), micro_batches(script, 3, seed=1)
     assert len({item[0] for item in items + others}) == 2 * 8 * 4, "a seed of each"
-    for _, views, *_, problems in items:
+    for _, views, *hidden, problems in items:
+        keys = views[0][:, 0, 0, 0].tolist()
         assert torch.equal(views[0], -views[1])
-        bad = [key for key in views[0][:, 0, 0, 0].tolist() if key % 10 == 0]
-        assert problems == [f"problem {key}" for key in bad]
-
-
-def test_masks_are_drawn_for_a_micro_batch_from_the_seed_and_its_first_image():
-    items = micro_batches(simdinov2, 3, seed=5)
-    for _, views, masks, index, _ in items:
-        assert masks.shape == (6, 36) and masks.any(1).sum() == 3
-        first = int(views[0][0, 0, 0, 0])
-        assert torch.equal(masks, simdinov2.block_masks(6, 6, 0.5, (0.1, 0.5), (5, first)))
-        assert len(index) == masks.sum() and masks.flatten()[index].all()
-    assert not torch.equal(items[0][2], items[1][2])
+        assert problems == [f"problem {key}" for key in keys if key % 10 == 0]
+        for masks, index in [hidden] if script is simdinov2 else []:
+            seed = 0, keys[0]  # of the run, and the first image
+            assert torch.equal(masks, script.block_masks(6, 6, 0.5, (0.1, 0.5), seed))
+            assert masks.any(1).sum() == 3, "half of the global views"
+            assert len(index) == masks.sum() and masks.flatten()[index].all()
 
 
 def test_schedules_reproduce_the_official_log():
@@ -1347,9 +1291,9 @@ def check_same_run(folder, other):
     """The same run to rounding: that of float32, grown by 12 steps."""
     ours, theirs = ([entry["train_loss"] for entry in log_of(x)] for x in (other, folder))
     assert ours == pytest.approx(theirs, abs=2e-5)
+    ours, theirs = ([entry["bad_images"] for entry in log_of(x)] for x in (other, folder))
+    assert ours == theirs and max(ours) == 1, "on whichever process it was met"
     assert log_of(other)[-1]["knn"] == pytest.approx(log_of(folder)[-1]["knn"], abs=100 / 12 + 0.1)
-    met = [[entry["bad_images"] for entry in log_of(x)] for x in (folder, other)]
-    assert met[0] == met[1] and max(met[0]) == 1, "on whichever process it was met"
     ours, theirs = (weights_of(x) for x in (other, folder))
     assert ours["step"] == theirs["step"] == 12
     for part in "student", "teacher":
@@ -1359,32 +1303,28 @@ def check_same_run(folder, other):
 
 
 def test_a_run_is_the_same_on_any_number_of_processes(script, worlds, pictures, tmp_path):
-    whole, parts = [], []
-    for world in 1, 2, 4:
-        whole.append(worlds[world][0] / script.__name__ / "whole")
-        parts.append(worlds[world][0] / script.__name__ / "parts")
-    check_same_run(whole[0], whole[1])
-    check_same_run(whole[0], whole[2])
+    one, two, four = (worlds[world][0] / script.__name__ for world in (1, 2, 4))
+    check_same_run(one / "whole", two / "whole")
+    check_same_run(one / "whole", four / "whole")
     # Begun by two, resumed by one
-    half = Path(shutil.copytree(whole[1].with_name("half"), tmp_path / "half"))
+    half = Path(shutil.copytree(two / "half", tmp_path / "half"))
     assert weights_of(half)["step"] == 5
-    train(*tiny(pictures, half, WORLD_RUN), script=script)
-    check_same_run(whole[0], half)
+    train(*tiny(pictures, half, *WORLD_RUN), script=script)
+    check_same_run(one / "whole", half)
     # Begun by one, resumed by two, which take fewer images at a time
-    old, new = weights_of(parts[0]), weights_of(parts[1])
+    old, new = weights_of(one / "parts"), weights_of(two / "parts")
     assert (old["step"], new["step"], len(old["log"])) == (5, 12, 1)
     assert [state["args"]["batch_size_per_gpu"] for state in (old, new)] == [8, 4]
-    check_log(parts[1], old["log"])
+    check_log(two / "parts", old["log"])
 
 
 def test_torchrun_starts_the_built_in_run_on_two_processes(tmp_path):
     few = f"--max_steps 1 --eval_freq 0 --local_crops_number 1 --output_dir {tmp_path}".split()
     (status,), (printed,) = ends(launch(simdino, *few, world=2, launcher=True))
-    assert status == 0, printed
-    assert weights_of(tmp_path)["step"] == 1
+    assert status == 0 and weights_of(tmp_path)["step"] == 1, printed
     assert "a step: 64 images = 1 rounds x 2 processes x 32; 400 steps = 8 epochs of 50" in printed
-    for split, count in ("train", 3200), ("val", 800):
-        line = f"{tmp_path}/patterns/{split}: {count} images, 10 class folders 0, 1, 2\n"
+    for split, n in ("train", 3200), ("val", 800):
+        line = f"{tmp_path}/patterns/{split}: {n} images, 10 class folders 0, 1, 2\n"
         assert printed.count(line) == 1
 
 
@@ -1448,24 +1388,22 @@ def test_checkpoint_opens_safely_and_its_teacher_loads_into_timm(script, finishe
 
 def test_the_schedules_are_those_of_the_flags(script, finished):
     # 12 steps of 8 images, 3 an epoch, warm-up of one: linspace(0, peak, 3), then half a cosine of 9
-    entries = log_of(finished[0])
     peak = 0.001 * (8 / 256 if script is simdino else math.sqrt(8 / 1024))
-    lr = [0, peak / 2, peak] + [
-        1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)
-    ]
+    cosine = [(1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)]
+    lr = [0, peak / 2, peak] + [1e-6 + (peak - 1e-6) * x for x in cosine]
     wd = [0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)]
-    for entry, own, decay in zip(entries, np.reshape(lr, (4, 3)), np.reshape(wd, (4, 3))):
-        assert entry["train_lr"] == pytest.approx(own.mean(), rel=1e-9)
-        assert entry["train_wd"] == pytest.approx(decay.mean(), rel=1e-9)
+    for key, values in ("train_lr", lr), ("train_wd", wd):
+        means = np.reshape(values, (4, 3)).mean(1)
+        assert [entry[key] for entry in log_of(finished[0])] == pytest.approx(means, rel=1e-9)
 
 
 def test_a_run_goes_on_in_another_precision_and_back(script, pictures, tmp_path):
     for steps, amp in enumerate(("off", "fp16", "off", "bf16", "fp16"), start=2):
-        flags = f"--group_size 0 --amp {amp} --max_steps {steps}".split()
-        train(*tiny(pictures, tmp_path, *flags), script=script)
+        flags = tiny(pictures, tmp_path, f"--group_size 0 --amp {amp} --max_steps {steps}")
+        train(*flags, script=script)
         state = weights_of(tmp_path)
         assert state["step"] == steps and bool(state["scaler"]) is (amp == "fp16")
-    assert [entry["knn"] is None for entry in log_of(tmp_path)] == [True, False]
+    assert all(entry["knn"] is not None for entry in log_of(tmp_path))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1507,7 +1445,7 @@ def check_same_bits(folder, other):
     ours, theirs = weights_of(folder), weights_of(other)
     for part in "student", "teacher", "optimizer", "step", "epoch":
         assert same(ours[part], theirs[part]), part
-    times = {"img_s": 0, "data_wait": 0}
+    times = dict.fromkeys(("img_s", "data_wait", "mem_gb"))
     assert [x | times for x in log_of(folder)] == [x | times for x in log_of(other)]
 
 
@@ -1544,7 +1482,7 @@ step, taken = script.SimDINO.step, []
 def signalled(self, *arguments):
     taken.append(1)
     if len(taken) == 5 and script.PROCESS == script.WORLD - 1:
-        os.kill(os.getpid(), NUMBER)
+        os.kill(os.getpid(), script.signal.NAME)
     return step(self, *arguments)
 script.SimDINO.step = signalled
 """
@@ -1552,23 +1490,23 @@ script.SimDINO.step = signalled
 
 @parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(pictures, tmp_path, name):
-    number, out = int(getattr(signal, name)), tmp_path / "out"
-    flags = ["--eval_freq", 0, "--batch_size_per_gpu", 1, "--max_steps", 17]
-    code = SIGNAL.replace("NUMBER", str(number))
-    processes = launch(simdino, *tiny(pictures, out, *flags), "--num_workers", 1, code=code)
-    statuses, (printed,) = ends(processes)
+    out, more = tmp_path / "out", "--eval_freq 0 --batch_size_per_gpu 1 --max_steps 17"
+    flags, code = tiny(pictures, out, more, "--num_workers 1"), SIGNAL.replace("NAME", name)
+    statuses, (printed,) = ends(launch(simdino, *flags, code=code))
     step, last = weights_of(out)["step"], printed.splitlines()[-1]
-    assert statuses == [128 + number] and 5 <= step < 17 and "Traceback" not in printed
-    assert last.startswith(f"{name}: saved {out}/checkpoint.pth at step {step}; the same command")
-    train(*tiny(pictures, out, *flags))
-    train(*tiny(pictures, tmp_path / "whole", *flags))
+    assert (
+        statuses == [128 + getattr(signal, name)] and 5 <= step < 17 and "Traceback" not in printed
+    )
+    assert last.startswith(f"{name}: saved {out}/checkpoint.pth at step {step}; ")
+    train(*tiny(pictures, out, more))
+    train(*tiny(pictures, tmp_path / "whole", more))
     check_same_bits(out, tmp_path / "whole")
 
 
 def test_two_processes_agree_on_a_signal_and_go_on_to_the_same_bits(worlds, pictures, tmp_path):
-    flags, code = tiny(pictures, tmp_path, *WORLD_RUN), SIGNAL.replace("NUMBER", "10")
+    flags, code = tiny(pictures, tmp_path, *WORLD_RUN), SIGNAL.replace("NAME", "SIGUSR1")
     statuses, printed = ends(launch(simdino, *flags, world=2, code=code))
-    assert statuses == [138] * 2, printed
+    assert statuses == [128 + signal.SIGUSR1] * 2, printed
     assert "".join(printed).count("SIGUSR1: saved ") == 1
     assert 5 <= weights_of(tmp_path)["step"] < 12
     statuses, printed = ends(launch(simdino, *flags, world=2))
@@ -1607,12 +1545,14 @@ def test_long_epochs_are_saved_every_quarter_of_an_hour(monkeypatch, pictures, t
     fake.perf_counter = map((0.01).__mul__, range(10**9)).__next__
     monkeypatch.setattr(simdino, "time", fake)
     monkeypatch.setattr(simdino, "save", spy)
-    for seconds, steps in (60, [30, 60]), (1000, [1, 11, 21, 30, 40, 50, 60]):
+    for seconds in 60, 1000:
         saves.clear()
         fake.monotonic = iter(range(0, 10**9, seconds)).__next__  # so long after the last look
         train(*tiny(pictures, tmp_path / str(seconds), "--eval_freq 0 --batch_size 1 --epochs 2"))
-        assert [step for name, step in saves if name == "checkpoint.pth"] == steps
-        assert ("checkpoint0000.pth", 30) in saves
+        assert {("checkpoint.pth", 30), ("checkpoint0000.pth", 30), ("checkpoint.pth", 60)} <= {
+            *saves
+        }
+        assert any(step % 30 for _, step in saves) == (seconds == 1000)
 
 
 # ----------------------------------------------------------------------- a run is what its flags say
@@ -1651,8 +1591,8 @@ def test_the_same_command_with_another_method_does_not_resume(script, copied, pi
 
 
 def test_what_leaves_the_method_as_it_is_may_differ(script, copied, pictures, tmp_path):
-    more = "--group_size 4 --max_steps 5 --epochs 5 --num_workers 1 --saveckp_freq 1 --eval_freq 0"
-    more += " --grad_checkpointing --batch_size 8 --batch_size_per_gpu 4 --amp bf16"
+    more = "--group_size 4 --max_steps 5 --epochs 5 --num_workers 1 --saveckp_freq 1 --eval_freq 0 "
+    more += "--grad_checkpointing --batch_size 8 --batch_size_per_gpu 4 --amp bf16"
     train(*tiny(shutil.copytree(pictures, tmp_path / "moved"), copied, more), script=script)
     assert weights_of(copied)["step"] == 5
 
@@ -1716,9 +1656,8 @@ def test_what_is_not_finite_ends_the_run_and_is_not_saved(script, copied, pictur
     small = partial(torch.amp.GradScaler, init_scale=1.0)  # instead of 16 steps down from 65,536
     monkeypatch.setattr(torch.amp, "GradScaler", small)
     flags = tiny(pictures, copied, "--group_size 4")
-    message = expect_stop(
-        *flags, *["--amp", "fp16", "--coeff", "1e9", "--resume_anyway"], script=script
-    )
+    other = tiny(pictures, copied, "--group_size 4 --amp fp16 --coeff 1e9 --resume_anyway")
+    message = expect_stop(*other, script=script)
     assert re.fullmatch("not finite by step [56]: .* --amp bf16 or off", message)
     monkeypatch.setattr(script, "augment", lambda views: [x + math.nan for x in augment(views)])
     message = expect_stop(*flags, script=script)
@@ -1883,17 +1822,22 @@ def test_training_starts_from_weights(tmp_path, monkeypatch, capsys, kind, scrip
     assert f"starts from {path}: backbone{' and head' * head}\n" in capsys.readouterr().out
     student = dict(model.student.state_dict())
     assert same(student, dict(model.teacher.state_dict()))
-    expected = prefixed("backbone.", weights(1 if script is simdino else 2))
-    if kind == "timm's v2":
-        expected["backbone.pos_embed"][:, 0] = 0
+    stored = weights(1 if script is simdino else 2)
+    stored["pos_embed"][:, 0] *= kind != "timm's v2"  # which has no position of CLS
+    expected = prefixed("backbone.", stored)
     expected["backbone.mask_token"] = student.get("backbone.mask_token")
     heads = saved["teacher"] if head else build(script, "--hidden_dim", 16).student.state_dict()
     for name in (name for name in heads if "head.mlp." in name):
         expected[name.removeprefix("module.")] = heads[name]
     assert all(torch.equal(student[name], expected[name]) for name in student)
 
-    begin(monkeypatch, script, path, "--hidden_dim", 24)
-    assert f"starts from {path}: backbone\n" in capsys.readouterr().out, "the head starts anew"
+    # Another head starts anew, and positions of another grid are interpolated
+    model = begin(monkeypatch, script, path, "--hidden_dim", 24, "--global_crops_size", 48)
+    assert f"starts from {path}: backbone\n" in capsys.readouterr().out
+    cls, grid = stored["pos_embed"].split([1, 16], dim=1)
+    grid = grid.unflatten(1, (4, 4)).movedim(3, 1)
+    grid = TF.resize(grid, [6, 6], TF.InterpolationMode.BICUBIC, antialias=True).flatten(2).mT
+    torch.testing.assert_close(model.student.backbone.pos_embed, torch.cat([cls, grid], dim=1))
 
 
 @parametrize(
@@ -1932,16 +1876,6 @@ def test_training_starts_from_timm_with_its_features(tmp_path, name, script):
     with torch.no_grad():
         expected = theirs.forward_features(x)[:, 0]
         torch.testing.assert_close(model.teacher.backbone(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_positions_of_another_grid_are_interpolated(tmp_path, monkeypatch, script):
-    stored = weights(1 if script is simdino else 2)
-    torch.save(stored, tmp_path / "w.pth")
-    model = begin(monkeypatch, script, tmp_path / "w.pth", "--global_crops_size", 48)
-    cls, grid = stored["pos_embed"].split([1, 16], dim=1)
-    grid = grid.unflatten(1, (4, 4)).movedim(3, 1)
-    grid = TF.resize(grid, [6, 6], TF.InterpolationMode.BICUBIC, antialias=True).flatten(2).mT
-    torch.testing.assert_close(model.student.backbone.pos_embed, torch.cat([cls, grid], dim=1))
 
 
 def test_a_run_from_weights_resumes_without_them(script, finished, pictures, tmp_path, capsys):

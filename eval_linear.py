@@ -364,7 +364,8 @@ def find_images(root):
         entries = [] if real in seen else os.scandir(folder)
         seen.add(real)
         for entry in entries:
-            if entry.name.startswith(HIDDEN):
+            nowhere = entry.is_symlink() and not os.path.exists(entry)  # broken, or to itself
+            if entry.name.startswith(HIDDEN) or nowhere:
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(entry.path)

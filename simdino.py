@@ -814,7 +814,7 @@ def main():
 
 # ----------------------------------------------------------------------- the processes, and signals
 
-TERMINAL = sys.stdout.isatty()
+TERMINAL = bool(sys.stdout) and sys.stdout.isatty()  # None: closed
 
 
 def start_process():
@@ -938,7 +938,8 @@ def find_images(root):
         entries = [] if real in seen else os.scandir(folder)
         seen.add(real)
         for entry in entries:
-            if entry.name.startswith(HIDDEN):
+            nowhere = entry.is_symlink() and not os.path.exists(entry)  # broken, or to itself
+            if entry.name.startswith(HIDDEN) or nowhere:
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(entry.path)
@@ -1090,19 +1091,19 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
 
 
 def read(path):
-    """The dictionary in a .pth file. No code in it is run."""
+    """The dictionary in a .pth file; no code in it is run. ValueError for all else."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # there is no end to what a damaged file may make its reader raise
-        why = f"missing, damaged, or more than tensors ({type(error).__name__})"
-        raise SystemExit(f"cannot read {path}: {why}") from error
+        raise ValueError(f"missing, damaged or not plain data: {type(error).__name__}") from error
 
 
 def load_pretrained(path, model):
     """Start student and teacher from weights named as here, in DINO or in timm. Positions of
     another grid are interpolated; the head is taken if its shapes are this head's."""
-    state, backbone, head = read(path), {}, {}
+    backbone, head = {}, {}
     try:
+        state = read(path)
         for name, tensor in state.get("teacher", state.get("model", state)).items():
             name = name.replace("module.", "").replace("backbone.", "")
             (head if name.startswith("head.") else backbone)[name.removeprefix("head.")] = tensor
@@ -1112,9 +1113,9 @@ def load_pretrained(path, model):
         grid = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).mT
         backbone["pos_embed"] = torch.cat([cls, grid], dim=1)
         model.student.backbone.load_state_dict(backbone)
-    except (AttributeError, KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         other = f"python eval_linear.py --weights {path} --export start.pth reads other formats"
-        sys.exit(f"{path} does not fit; {other} ({' '.join(str(error).split())})")
+        sys.exit(f"cannot start from {path}; {other} ({' '.join(str(error).split())})")
     fits = {k: x.shape for k, x in model.student.head.state_dict().items()}
     head = {k: x for k, x in head.items() if k in fits and x.shape == fits[k]}
     if len(head) == len(fits):
@@ -1146,25 +1147,26 @@ def save(path, model, state):
 
 def restore(path, run, model):
     """Load the checkpoint at path into model, if it is of this run; -> what else it holds."""
-    state = read(path)
-    old = state.get("args", {})
-    changed = [key for key in run if key not in FREE and old.get(key) != run[key]]
-    if changed and not run["resume_anyway"]:
-        text = "; ".join(f"{key} {old.get(key)}, not {run[key]}" for key in changed)
-        ways = "give another --output_dir, or --resume_anyway"
-        sys.exit(f"{path} is of another run ({text}): {ways}")
     try:
+        state = read(path)
+        old = state.get("args", {})
+        changed = [key for key in run if key not in FREE and old.get(key) != run[key]]
+        if changed and not run["resume_anyway"]:
+            text = "; ".join(f"{key} {old.get(key)}, not {run[key]}" for key in changed)
+            ways = "give another --output_dir, or --resume_anyway"
+            sys.exit(f"{path} is of another run ({text}): {ways}")
         for name, part in model.parts.items():
             if values := state.pop(name):  # empty: the scaler of a run without fp16
                 part.load_state_dict(values)
         say(f"resumed {path} at step {state['step']}")
         return {key: state[key] for key in ("epoch", "log", "metrics")}
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        sys.exit(f"{path} does not fit: {' '.join(str(error).split())}")
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        sys.exit(f"cannot resume {path}: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
     try:
         main()
     except OSError as error:  # its text names a file or folder, and what is wrong with it

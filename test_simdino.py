@@ -1117,7 +1117,7 @@ def test_sizes_that_do_not_fit_name_numbers_that_do(monkeypatch, script, world, 
         ("--track_wandb", "--track_wandb .*: write nothing: log.txt"),
         ("--batch_size_per_gpu 64", "30 images in .*, fewer than a step: try --batch_size 30"),
         ("--data_path /nowhere", "/nowhere"),
-        ("--pretrained_weights /nowhere.pth", "/nowhere.pth: missing"),
+        ("--pretrained_weights /nowhere.pth", "cannot start from /nowhere.pth"),
     ],
 )
 def test_bad_arguments_get_one_line(pictures, tmp_path, flags, named):

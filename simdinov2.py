@@ -1090,7 +1090,7 @@ def find_images(root):
 def find_data(root):
     """[(folder, names, labels)], label -1 for none: of the images to train on and, where k-NN is
     possible, of those to judge by. Says what there is, what is not used, and why no k-NN."""
-    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    inside = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry))
     inside = [name for name in inside if not name.startswith(HIDDEN)]
     used = [name for name in ("train", "val", "test") if name in inside][:2]
     if "train" in used and (unused := {*inside} - {*used}):

@@ -890,6 +890,7 @@ def test_links_lead_to_no_image_twice_and_to_an_end_and_what_is_no_file_is_no_im
     (data / "itself").symlink_to("itself")
     (data / "folder.png").mkdir()
     os.mkfifo(data / "pipe.png")
+    assert len(simdino.find_data(data)) == 1
     names, _ = simdino.find_images(data)
     assert names == [b"a/1.png", b"b/1.png", b"b/c/2.png", b"linked/1.png"]
 

@@ -736,6 +736,7 @@ def main():
     caught, parts = catch_signals(), model.rounds * WORLD
     items = range(done * parts + PROCESS, end * parts, WORLD)
     workers = {"num_workers": args.num_workers, "pin_memory": cuda, "worker_init_fn": catch_signals}
+    workers["timeout"] = 900 * bool(args.num_workers)  # seconds: a worker that hangs ends the run
     data = iter(DataLoader(MicroBatches(images, args), batch_size=None, sampler=items, **workers))
     saved, chunk = time.monotonic(), 4
     while True:

@@ -43,7 +43,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -290,34 +289,44 @@ def seed_from(*numbers):
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-EXTENSIONS += (".ppm", ".pgm", ".jp2")
+EXTENSIONS += (".ppm", ".pgm")
 HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # names that begin so are skipped
 
 
 def load_image(path):
-    """Any image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF data.
+    """An image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF data.
 
-    Grayscale of more than 8 bits is stretched from its own lowest to its highest value. OSError
-    for what cannot be read.
+    Of several frames, the first. Grayscale of more than 8 bits is stretched from its own lowest to
+    its highest value. OSError for what cannot be read, and for more than 179 million pixels,
+    Pillow's limit: a file of a few bytes may claim any number of them.
     """
     try:
-        path = os.fspath(path)
-        if path.lower().endswith((".jpg", ".jpeg")):
-            with suppress(RuntimeError, AttributeError):  # no JPEG inside, or no decoder there
-                data = torchvision.io.read_file(path)  # 1.2 to 1.4 times as fast as Pillow
-                return torchvision.io.decode_jpeg(data, "RGB", apply_exif_orientation=True)
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with open(path, "rb") as file, Image.open(file) as image:
+            tag, raw = getattr(image, "tag_v2", {}).get, str(image.tile)  # tag: of a TIFF
+            deep = max(tag(258, [8])) > 8 or ";16" in raw
+            misread = [
+                tag(277, 1) > len(image.getbands()),  # it drops bands beyond colours
+                deep and (tag(284) == 2 or tag(262) == 0),  # band after band; white is 0
+                2 in tag(339, []) and image.mode == "L",  # signed bytes
+                "libtiff" in raw and ("32B" in raw or "16BS" in raw),  # compressed, big-endian
+            ]
+            if any(misread):
+                raise ValueError("a kind of TIFF that Pillow misreads")
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip at 255
-                pixels = np.nan_to_num(np.asarray(image, dtype=float), posinf=0, neginf=0)
-                pixels = 255 * (pixels - pixels.min()) / max(np.ptp(pixels), 1e-12)
-                image = Image.fromarray(pixels.round().astype(np.uint8))
+                pixels = np.asarray(image, dtype=float)
+                finite = pixels[np.isfinite(pixels)]
+                pixels = np.nan_to_num((pixels - finite.min()) / max(np.ptp(finite), 1e-12))
+                image = Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
+            elif deep and max(high for _, high in image.getextrema()[:3]) < 64:
+                raise ValueError("16-bit colours below 2^14: Pillow reads the upper 8 bits alone")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            image = image if image.mode == "RGB" else image.convert("RGB")
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:  # there is no end to what a decoder may raise
-        raise OSError(f"{path!a} ({' '.join(str(error).split())})") from error
+        raise OSError(f"{os.fspath(path)!a} ({' '.join(str(error).split())})") from error
 
 
 def normalize(x):
@@ -355,38 +364,43 @@ class Images(Dataset):
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, each folder visited once,
-    and the number of all other files by their ending."""
+    """Sorted names (bytes, relative to root) of the images below root, each folder visited once;
+    the number of all other files by their ending; real paths of folders and of linked images."""
     names, others, seen, folders, links = [], Counter(), set(), [root], []
     while folders or links:
         folder = (folders or links).pop()  # links last, so that a folder keeps its own name
         real = os.path.realpath(folder)
-        entries = [] if real in seen else os.scandir(folder)
+        entries = [] if real in seen else sorted(os.scandir(folder), key=lambda entry: entry.name)
         seen.add(real)
         for entry in entries:
-            nowhere = entry.is_symlink() and not os.path.exists(entry)  # broken, or to itself
-            if entry.name.startswith(HIDDEN) or nowhere:
+            if entry.name.startswith(HIDDEN):
                 continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
+            linked = entry.is_symlink()
+            exists = not linked or os.path.exists(entry)  # not a broken link, nor one to itself
+            if exists and entry.is_dir():
+                (links if linked else folders).append(entry.path)
+            elif exists and entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
                 names.append(os.fsencode(entry.path)[len(os.fsencode(root)) + 1 :])
+                if linked:
+                    seen.add(os.path.realpath(entry))
             else:
                 others[os.path.splitext(entry.name)[1]] += 1
-    return sorted(names), others
+    return sorted(names), others, seen
 
 
 def find_data(root):
     """[(folder, names, labels)], label -1 for none: of the images to train on and, where k-NN is
     possible, of those to judge by. Says what there is, what is not used, and why no k-NN."""
-    inside = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry))
-    inside = [name for name in inside if not name.startswith(HIDDEN)]
-    used = [name for name in ("train", "val", "test") if name in inside][:2]
-    if "train" in used and (unused := {*inside} - {*used}):
-        say(f"not used: {', '.join(sorted(unused)[:5])} in {root}")
-    splits, classes = [], None
-    for folder in [root / name for name in used] if "train" in used else [root]:
-        names, others = find_images(folder)
+    used = [name for name in ("train", "val", "test") if os.path.lexists(root / name)][:2]
+    if "train" not in used:
+        used = [""]
+    elif unused := [x for x in os.listdir(root) if x not in used and not x.startswith(HIDDEN)]:
+        unused.sort(key=lambda name: (os.path.isfile(root / name), name))  # folders first
+        say(f"not used: {', '.join(unused[:5])}{', ...' * (len(unused) > 5)} in {root}")
+    splits, places, classes = [], [], None
+    for folder in [root / name for name in used]:
+        names, others, seen = find_images(folder)
+        places.append(seen)
         firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
         here = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
         classes = here if classes is None else classes
@@ -394,9 +408,11 @@ def find_data(root):
         splits.append((folder, names, [index.get(name, -1) for name in firsts]))
         say(f"{folder}: {len(names)} images, {len(here)} class folders {', '.join(here[:3])}")
         if others:
-            say(f"not read: files that end in {dict(others.most_common(5))}")
-    unknown, other = {*here} - {*classes}, not os.path.samefile(splits[0][0], folder)
-    if other and here and len(classes) > 1 and not unknown:
+            say(f"not read: {others.total()} files, with endings {dict(others.most_common(5))}")
+    # Of the first and the last split, real folders, linked images, and the folders of these
+    first, last = [{*seen, *map(os.path.dirname, seen)} for seen in (places[0], places[-1])]
+    unknown, common = {*here} - {*classes}, places[0] & last or places[-1] & first
+    if not common and here and len(classes) > 1 and not unknown:
         return splits
     text = f"; not in train/: {', '.join(sorted(unknown)[:3])}" if unknown else ""
     say(f"no k-NN accuracy: it needs train/ and other images of its classes in val/ or test/{text}")
@@ -743,7 +759,7 @@ class Scenes(Images):
 def find_scenes(root, split, ignore):
     """Names of the images below root/split; paths, highest class and digest of their masks."""
     with or_stop(f"cannot list {root / split}"):
-        names, _ = find_images(root / split)
+        names, *_ = find_images(root / split)
     folder = os.fsencode(f"{root / split}_masks")
     masks = [os.path.join(folder, os.path.splitext(name)[0] + b".png") for name in names]
     missing = [os.fsdecode(mask) for mask in masks if not os.path.exists(mask)]

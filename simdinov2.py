@@ -58,7 +58,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -185,7 +184,7 @@ def effective_rank(rows):
     """How many directions rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ.
 
     1 when all rows are alike, at most min(n, d). The built-in run rises from 1 to 63: its 128 rows
-    are 2 views of 64 images. Below 2 after the first epoch is a collapse. The host waits here.
+    are 2 views of 64 images. Below 2, and not rising, is a collapse. The host waits here.
     """
     rows = rows.float()
     gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
@@ -620,9 +619,9 @@ def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
 # ====================================================================================== 2. The run
 
 # torchrun sets these: the number of processes, this process's number, that of its GPU
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-PROCESS = int(os.environ.get("RANK", "0"))
-GPU = int(os.environ.get("LOCAL_RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+PROCESS = int(os.environ.get("RANK") or 0)
+GPU = int(os.environ.get("LOCAL_RANK") or 0)
 # The built-in run's options, where they are not the paper's ImageNet recipe
 SMALL = """--arch vit_nano --patch_size 8 --hidden_dim 512 --drop_path_rate 0 --layerscale 1
 --global_crops_size 32 --local_crops_size 16 --local_crops_scale 0.15 0.4 --local_crops_number 6
@@ -632,9 +631,12 @@ SMALL = """--arch vit_nano --patch_size 8 --hidden_dim 512 --drop_path_rate 0 --
 FREE = {"data_path", "output_dir", "pretrained_weights", "small_images", "resume_anyway", "eps"}
 FREE |= {"batch_size_per_gpu", "epochs", "max_steps", "amp", "compile", "grad_checkpointing"}
 FREE |= {"num_workers", "saveckp_freq", "eval_freq"}
-# Flags of the official script that are not here, and what to write instead
-OFFICIAL = {"--use_fp16": "--amp fp16", "--reduce_cov": "--group_size 0 --eps_sq EPS for 1"}
-OFFICIAL["--track_wandb"] = "nothing: log.txt has a JSON line for each epoch"
+# Flags of the official scripts that are not here, and what to write instead
+UNUSED = """--out_dim --norm_last_layer --use_bn_in_head --z_dim --use_simdino --teacher_temp
+--warmup_teacher_temp --warmup_teacher_temp_epochs --freeze_last_layer --optimizer --dist_url
+--local_rank --local-rank --track_wandb --track_swan"""
+OFFICIAL = dict.fromkeys(UNUSED.split(), "nothing, as it has no use here")
+OFFICIAL |= {"--use_fp16": "--amp fp16", "--reduce_cov": "--group_size 0 --eps_sq EPS for 1"}
 
 
 def within(kind, low, high=1e9):
@@ -717,7 +719,7 @@ def parse_args(argv=None):
     add("--amp", str, "auto", text, choices=("auto", "bf16", "fp16", "off"))
     switch("--compile", "compile the transformer's blocks: faster, after some minutes")
     switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     add("--num_workers", count, min(10, cores), "data-loading workers per GPU")
     add("--saveckp_freq", count, 10, "keep a copy after epoch 1 and then every N epochs; 0: none")
     add("--eval_freq", count, 10, "k-NN accuracy every N epochs; 0: none")
@@ -728,7 +730,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if small := args.small_images or args.data_path is None:
         args = parser.parse_args([*SMALL.split(), *argv])
-    for pixels in args.global_crops_size, args.local_crops_size:
+    for pixels in [args.global_crops_size, args.local_crops_size][: 1 + args.local_crops_number]:
         if pixels % args.patch_size:
             sys.exit(f"crops of {pixels} pixels: no multiple of --patch_size {args.patch_size}")
     if args.warmup_epochs >= args.epochs:
@@ -873,7 +875,7 @@ def main():
     workers = {"num_workers": args.num_workers, "pin_memory": cuda, "worker_init_fn": catch_signals}
     workers["timeout"] = 900 * bool(args.num_workers)  # seconds: a worker that hangs ends the run
     data = iter(DataLoader(MicroBatches(images, args), batch_size=None, sampler=items, **workers))
-    saved, chunk = time.monotonic(), 4
+    saved, chunk = time.monotonic(), 1
     while True:
         epoch, i = divmod(done, per_epoch)
         due = judged and i == 0 and (epoch % args.eval_freq == 0 or done >= end)
@@ -904,8 +906,7 @@ def main():
         told = [row + more for row in new], unread, max(caught, default=0), now - saved > 900
         rows, files, signals, late = zip(*all_gather(told))
         rows, done, number = np.mean(rows, axis=0), done + k, max(signals)
-        if not np.isfinite(rows).all() or model.scaler.get_scale() < 1:  # 1 without fp16
-            sys.exit(f"not finite by step {done}: try a lower --lr, or --amp bf16 or off")
+        check(np.isfinite(rows).all() and model.scaler.get_scale() >= 1, done)  # 1 without fp16
         named = round(sum(row[-3] for row in metrics))  # at most three in an epoch
         for file in [*chain(*files)][: max(0, 3 - named)]:
             say(f"another image takes the place of one that cannot be read: {file}")
@@ -918,7 +919,7 @@ def main():
         line += f"comp {rows[-1, 1]:.3f} expa {rows[-1, 2]:.3f} "
         line += f"patch {-rows[-1, 3]:.3f} rank {rank:.1f} "
         line += f"{batch / seconds:.0f} img/s ETA {timedelta(seconds=int((end - done) * seconds))}"
-        if TERMINAL or over or done >= end or now // 60 > clock // 60:
+        if on_terminal() or over or done >= end or now // 60 > clock // 60:
             say(line, stays=over or done >= end)
         if over:
             span = slice(done - per_epoch, done)
@@ -929,10 +930,11 @@ def main():
             entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "img_s": batch / seconds}
             entry |= {"data_wait": wait / seconds, "bad_images": round(bad * per_epoch)}
             entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+            if log and rank < min(2, 1.05 * log[-1]["rank"]):  # low, and not on its way up
+                text = "a larger --group_size or --gamma, a smaller --eps_sq or a lower --lr"
+                say(f"warning: collapse: all features are alike: try {text}")
             log.append(entry)
             metrics.clear()
-            if rank < 2 and epoch > 0:
-                say("warning: collapse: try a smaller --eps_sq, a larger --gamma or a lower --lr")
         state |= {"step": done, "epoch": done // per_epoch}
         if number or max(late) or over or done >= end:
             save(path, model, state)
@@ -952,14 +954,10 @@ def main():
 
 # ----------------------------------------------------------------------- the processes, and signals
 
-TERMINAL = bool(sys.stdout) and sys.stdout.isatty()  # None: closed
-
 
 def start_process():
     """The device of this process, which joins the others."""
-    # After an error end at once: Python would wait for workers, which catch its SIGTERM. main()
-    # undoes this.
-    atexit.register(os._exit, 1)
+    atexit.register(os._exit, 1)  # Python would wait for workers, which catch signals; see main()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
     if cuda:
@@ -979,18 +977,22 @@ def all_gather(value):
     return values
 
 
+def on_terminal():
+    return getattr(sys.stdout, "isatty", bool)()  # it may be None, or what a notebook puts there
+
+
 def say(text, stays=True):
     """Print on the first process; on a terminal, the next line replaces one that does not stay."""
-    if TERMINAL:  # clear the line; cut one that does not stay, so that it does not wrap
+    if on_terminal():  # clear the line; cut one that does not stay, so that it does not wrap
         text = "\r\033[K" + text[: None if stays else shutil.get_terminal_size().columns - 1]
     try:
         if PROCESS == 0:
-            print(text, end="" if TERMINAL and not stays else "\n", flush=True)
+            print(text, end="\n" if stays or not on_terminal() else "", flush=True)
     except OSError:  # a closed terminal or pipe costs the line, not the run
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = None
 
 
-def catch_signals(_=None):
+def catch_signals(worker=None):
     """A list to which signals are added from now on; the process saves, then ends itself. Ctrl-C
     after a first signal ends it at once. Workers catch signals to outlive them until it ends."""
     caught = []
@@ -998,9 +1000,13 @@ def catch_signals(_=None):
     def note(number, _):
         caught.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if PROCESS == 0 and worker is None:
+            with suppress(OSError):  # print() must not interrupt itself
+                os.write(2, b"\nfinishes this step or k-NN, saves, ends; Ctrl-C: at once\n")
 
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} & {*dir(signal)}:  # Windows lacks some
-        if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # nohup
+    names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+    for number in signal.Signals:  # under nohup SIGHUP stays ignored
+        if number.name in names and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
     return caught
 
@@ -1008,34 +1014,44 @@ def catch_signals(_=None):
 # ---------------------------------------------------------------------- the images and their labels
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-EXTENSIONS += (".ppm", ".pgm", ".jp2")
+EXTENSIONS += (".ppm", ".pgm")
 HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # names that begin so are skipped
 
 
 def load_image(path):
-    """Any image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF data.
+    """An image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF data.
 
-    Grayscale of more than 8 bits is stretched from its own lowest to its highest value. OSError
-    for what cannot be read.
+    Of several frames, the first. Grayscale of more than 8 bits is stretched from its own lowest to
+    its highest value. OSError for what cannot be read, and for more than 179 million pixels,
+    Pillow's limit: a file of a few bytes may claim any number of them.
     """
     try:
-        path = os.fspath(path)
-        if path.lower().endswith((".jpg", ".jpeg")):
-            with suppress(RuntimeError, AttributeError):  # no JPEG inside, or no decoder there
-                data = torchvision.io.read_file(path)  # 1.2 to 1.4 times as fast as Pillow
-                return torchvision.io.decode_jpeg(data, "RGB", apply_exif_orientation=True)
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with open(path, "rb") as file, Image.open(file) as image:
+            tag, raw = getattr(image, "tag_v2", {}).get, str(image.tile)  # tag: of a TIFF
+            deep = max(tag(258, [8])) > 8 or ";16" in raw
+            misread = [
+                tag(277, 1) > len(image.getbands()),  # it drops bands beyond colours
+                deep and (tag(284) == 2 or tag(262) == 0),  # band after band; white is 0
+                2 in tag(339, []) and image.mode == "L",  # signed bytes
+                "libtiff" in raw and ("32B" in raw or "16BS" in raw),  # compressed, big-endian
+            ]
+            if any(misread):
+                raise ValueError("a kind of TIFF that Pillow misreads")
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip at 255
-                pixels = np.nan_to_num(np.asarray(image, dtype=float), posinf=0, neginf=0)
-                pixels = 255 * (pixels - pixels.min()) / max(np.ptp(pixels), 1e-12)
-                image = Image.fromarray(pixels.round().astype(np.uint8))
+                pixels = np.asarray(image, dtype=float)
+                finite = pixels[np.isfinite(pixels)]
+                pixels = np.nan_to_num((pixels - finite.min()) / max(np.ptp(finite), 1e-12))
+                image = Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
+            elif deep and max(high for _, high in image.getextrema()[:3]) < 64:
+                raise ValueError("16-bit colours below 2^14: Pillow reads the upper 8 bits alone")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            image = image if image.mode == "RGB" else image.convert("RGB")
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:  # there is no end to what a decoder may raise
-        raise OSError(f"{path!a} ({' '.join(str(error).split())})") from error
+        raise OSError(f"{os.fspath(path)!a} ({' '.join(str(error).split())})") from error
 
 
 class Images(Dataset):
@@ -1067,38 +1083,43 @@ class Images(Dataset):
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, each folder visited once,
-    and the number of all other files by their ending."""
+    """Sorted names (bytes, relative to root) of the images below root, each folder visited once;
+    the number of all other files by their ending; real paths of folders and of linked images."""
     names, others, seen, folders, links = [], Counter(), set(), [root], []
     while folders or links:
         folder = (folders or links).pop()  # links last, so that a folder keeps its own name
         real = os.path.realpath(folder)
-        entries = [] if real in seen else os.scandir(folder)
+        entries = [] if real in seen else sorted(os.scandir(folder), key=lambda entry: entry.name)
         seen.add(real)
         for entry in entries:
-            nowhere = entry.is_symlink() and not os.path.exists(entry)  # broken, or to itself
-            if entry.name.startswith(HIDDEN) or nowhere:
+            if entry.name.startswith(HIDDEN):
                 continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
+            linked = entry.is_symlink()
+            exists = not linked or os.path.exists(entry)  # not a broken link, nor one to itself
+            if exists and entry.is_dir():
+                (links if linked else folders).append(entry.path)
+            elif exists and entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
                 names.append(os.fsencode(entry.path)[len(os.fsencode(root)) + 1 :])
+                if linked:
+                    seen.add(os.path.realpath(entry))
             else:
                 others[os.path.splitext(entry.name)[1]] += 1
-    return sorted(names), others
+    return sorted(names), others, seen
 
 
 def find_data(root):
     """[(folder, names, labels)], label -1 for none: of the images to train on and, where k-NN is
     possible, of those to judge by. Says what there is, what is not used, and why no k-NN."""
-    inside = sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry))
-    inside = [name for name in inside if not name.startswith(HIDDEN)]
-    used = [name for name in ("train", "val", "test") if name in inside][:2]
-    if "train" in used and (unused := {*inside} - {*used}):
-        say(f"not used: {', '.join(sorted(unused)[:5])} in {root}")
-    splits, classes = [], None
-    for folder in [root / name for name in used] if "train" in used else [root]:
-        names, others = find_images(folder)
+    used = [name for name in ("train", "val", "test") if os.path.lexists(root / name)][:2]
+    if "train" not in used:
+        used = [""]
+    elif unused := [x for x in os.listdir(root) if x not in used and not x.startswith(HIDDEN)]:
+        unused.sort(key=lambda name: (os.path.isfile(root / name), name))  # folders first
+        say(f"not used: {', '.join(unused[:5])}{', ...' * (len(unused) > 5)} in {root}")
+    splits, places, classes = [], [], None
+    for folder in [root / name for name in used]:
+        names, others, seen = find_images(folder)
+        places.append(seen)
         firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
         here = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
         classes = here if classes is None else classes
@@ -1106,9 +1127,11 @@ def find_data(root):
         splits.append((folder, names, [index.get(name, -1) for name in firsts]))
         say(f"{folder}: {len(names)} images, {len(here)} class folders {', '.join(here[:3])}")
         if others:
-            say(f"not read: files that end in {dict(others.most_common(5))}")
-    unknown, other = {*here} - {*classes}, not os.path.samefile(splits[0][0], folder)
-    if other and here and len(classes) > 1 and not unknown:
+            say(f"not read: {others.total()} files, with endings {dict(others.most_common(5))}")
+    # Of the first and the last split, real folders, linked images, and the folders of these
+    first, last = [{*seen, *map(os.path.dirname, seen)} for seen in (places[0], places[-1])]
+    unknown, common = {*here} - {*classes}, places[0] & last or places[-1] & first
+    if not common and here and len(classes) > 1 and not unknown:
         return splits
     text = f"; not in train/: {', '.join(sorted(unknown)[:3])}" if unknown else ""
     say(f"no k-NN accuracy: it needs train/ and other images of its classes in val/ or test/{text}")
@@ -1264,15 +1287,22 @@ def load_pretrained(path, model):
     head = {k: x for k, x in head.items() if k in fits and x.shape == fits[k]}
     if len(head) == len(fits):
         model.student.head.load_state_dict(head)
+    for p in model.params if WORLD > 1 else []:  # path may be another file on another machine
+        dist.broadcast(p.data, src=0)
     model.teacher.load_state_dict(model.student.state_dict())
     say(f"starts from {path}: backbone{' and head' if len(head) == len(fits) else ''}")
+
+
+def check(finite, step):
+    if not finite:
+        advice = "try another --amp, or a lower --lr with --resume_anyway"
+        sys.exit(f"loss or weights not finite by step {step}: {advice}")
 
 
 def save(path, model, state):
     """Write model and state to path, which is never half written, and the log beside it."""
     numbers = [*model.params, *chain(*(x.values() for x in model.optimizer.state.values()))]
-    if not all(x.isfinite().all() for x in numbers):
-        sys.exit(f"weights not finite after step {state['step']}: try a lower --lr, or --amp off")
+    check(all(x.isfinite().all() for x in numbers), state["step"])
     if PROCESS == 0:
         partial_path = path.with_suffix(".partial")
         try:
@@ -1309,7 +1339,7 @@ def restore(path, run, model):
 
 
 if __name__ == "__main__":
-    if sys.stdout:
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
     try:
         main()

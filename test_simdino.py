@@ -17,10 +17,12 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from collections import Counter
 from contextlib import redirect_stdout
 from functools import partial
@@ -115,7 +117,8 @@ def pictures(tmp_path_factory):
 @contextlib.contextmanager
 def as_before():
     """Handlers of signals, and what is to be done at exit, are afterwards as they were."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+    numbers += (signal.SIGXCPU,)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
         yield
@@ -690,15 +693,105 @@ def test_deep_pixels_are_stretched_from_lowest_to_highest(tmp_path, kind, extens
         assert simdino.load_image(path).float().std() > 30
 
 
+def write_png(path, values):
+    """16-bit colours, which Pillow does not write: (H, W, 3 or 4)."""
+    h, w, bands = values.shape
+    header = struct.pack(">IIBBBBB", w, h, 16, {3: 2, 4: 6}[bands], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""):
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(content)
+
+
+def write_tiff(path, values, order="<", tags=()):
+    """Kinds that Pillow does not write: (H, W, bands) of any type, with other tags."""
+    (h, w, bands), kind = values.shape, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    body, fields = values.astype(values.dtype.newbyteorder(order)).tobytes(), []
+    body = zlib.compress(body) if 259 in dict(tags) else body
+    entries = {256: [w], 257: [h], 258: [8 * values.itemsize] * bands, 259: [1], 277: [bands]}
+    entries |= {262: [2 if bands > 2 else 1], 273: [8], 278: [h], 279: [len(body)], 284: [1]}
+    for tag, numbers in sorted({**entries, 339: [kind] * bands, **dict(tags)}.items()):
+        packed = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        place = packed if len(packed) == 4 else struct.pack(f"{order}I", 8 + len(body))
+        fields.append(struct.pack(f"{order}HHI", tag, 4, len(numbers)) + place)
+        body += b"" if len(packed) == 4 else packed
+    header = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(body))
+    directory = struct.pack(f"{order}H", len(fields)) + b"".join(fields) + bytes(4)
+    path.write_bytes(header + body + directory)
+
+
+@parametrize("write", [write_png, write_tiff])
+@parametrize("bands", [3, 4])
+def test_16_bit_colours_are_read_where_pillow_keeps_enough_of_them(tmp_path, write, bands):
+    path, values = tmp_path / "x", np.full((8, 8, bands), 65535, np.uint16)
+    for top in 65535, 20000, 16383, 4095, 1023:
+        values[..., :3] = np.linspace(0, top, 192).reshape(8, 8, 3)
+        write(path, values)
+        if top < 2**14:
+            with pytest.raises(
+                OSError, match="16-bit colours below 2.14: Pillow reads the upper 8"
+            ):
+                simdino.load_image(path)
+        else:
+            pixels = simdino.load_image(path).permute(1, 2, 0).numpy()
+            assert np.array_equal(pixels, values[..., :3] >> 8)
+
+
+DEFLATE = {259: [8]}
+
+
+@parametrize(
+    "kind, bands, order, tags, misread",
+    [("u1", 3, "<", {}, False), ("u1", 4, "<", {338: [0]}, True), ("u1", 2, "<", {338: [0]}, True)]
+    + [("u1", 5, "<", {338: [0, 0]}, True), ("u2", 4, "<", {338: [0]}, True)]
+    + [("u1", 1, "<", {262: [0]}, False), ("u2", 1, "<", {262: [0]}, True)]  # white is 0
+    + [("u1", 3, "<", {284: [2], 273: [8, 456, 904], 279: [448] * 3}, False)]  # band after band
+    + [("u2", 3, "<", {284: [2], 273: [8, 904, 1800], 279: [896] * 3}, True)]
+    + [("i1", 1, "<", {}, True), ("i2", 1, ">", {}, False), ("f4", 1, ">", {}, False)]
+    + [
+        ("u2", 1, ">", DEFLATE, False),
+        ("u2", 3, ">", DEFLATE, False),
+        ("f4", 1, "<", DEFLATE, False),
+    ]
+    + [("i2", 1, ">", DEFLATE, True), ("f4", 1, ">", DEFLATE, True), ("i4", 1, ">", DEFLATE, True)],
+)
+def test_a_tiff_is_read_right_or_refused(tmp_path, kind, bands, order, tags, misread):
+    values = np.linspace(0, 127 if kind == "i1" else 255, 448 * bands).reshape(16, 28, bands)
+    full, path = (values * (257 if kind == "u2" else 1)).round().astype(kind), tmp_path / "x.tif"
+    write_tiff(path, full, order, tags)
+    if misread:
+        with pytest.raises(OSError, match="a kind of TIFF that Pillow misreads"):
+            simdino.load_image(path)
+        return
+    values = (
+        values.round() if 284 not in tags else values.round().reshape(3, 16, 28).transpose(1, 2, 0)
+    )
+    values = 255 - values if tags.get(262) == [0] else values
+    pixels = simdino.load_image(path).permute(1, 2, 0).numpy()
+    assert np.abs(pixels - values).max() <= 1
+
+
+@parametrize("extension", ["jpg", "png", "tif"])
+def test_one_limit_of_pixels_holds_for_all_formats(monkeypatch, tmp_path, extension):
+    photo(100, 100).save(tmp_path / f"x.{extension}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4999)  # Pillow refuses twice as many
+    with pytest.raises(OSError, match="exceeds limit of 9998 pixels"):
+        simdino.load_image(tmp_path / f"x.{extension}")
+
+
 @parametrize("orientation", range(1, 9))
-@parametrize("extension", ["jpg", "png"])
+@parametrize("extension", ["jpg", "png", "tif"])
 def test_load_image_applies_exif_orientation(tmp_path, orientation, extension):
     exif, path = Image.Exif(), tmp_path / f"turned.{extension}"
     exif[274] = orientation
-    photo().save(path, exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(path))).astype(int)
+    image = photo().convert("L" if extension == "tif" else "RGB")
+    image.save(path, exif=exif)
+    image.info["exif"] = exif.tobytes()
+    expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
     image = simdino.load_image(path).permute(1, 2, 0).numpy()
-    assert image.shape == expected.shape and np.abs(image - expected).max() <= 2
+    assert image.shape == expected.shape and np.abs(image - expected).mean() < 6
 
 
 @parametrize("content, reason", [(0, "cannot identify"), (3000, "truncated"), (-1, "No such file")])
@@ -871,17 +964,17 @@ def tree(root, *paths):
     return root
 
 
-@parametrize("end", shlex.split("jpg jpeg JPEG jfif png webp bmp tif tiff gif ppm pgm jp2 avif"))
+@parametrize("end", shlex.split("jpg jpeg JPEG jfif png webp bmp tif tiff gif ppm pgm avif"))
 def test_images_of_all_usual_extensions_are_found_and_read(tmp_path, end):
     path, form = tmp_path / f"x.{end}", end.lower()
-    forms = {"jpg": "jpeg", "jfif": "jpeg", "tif": "tiff", "jp2": "jpeg2000", "pgm": "ppm"}
+    forms = {"jpg": "jpeg", "jfif": "jpeg", "tif": "tiff", "pgm": "ppm"}
     if end == "avif" and not features.check("avif"):
         path.touch()
     else:
         Image.new("RGB", (16, 8), (200, 0, 0)).save(path, format=forms.get(form, form))
         assert simdino.load_image(path).shape == (3, 8, 16)
     tree(tmp_path, f"._x.{end}", "notes.txt", "a/more.txt", "readme")
-    assert simdino.find_images(tmp_path) == ([path.name.encode()], {".txt": 2, "": 1})
+    assert simdino.find_images(tmp_path)[:2] == ([path.name.encode()], {".txt": 2, "": 1})
 
 
 def test_links_lead_to_no_image_twice_and_to_an_end_and_what_is_no_file_is_no_image(tmp_path):
@@ -895,14 +988,16 @@ def test_links_lead_to_no_image_twice_and_to_an_end_and_what_is_no_file_is_no_im
     (data / "folder.png").mkdir()
     os.mkfifo(data / "pipe.png")
     assert len(simdino.find_data(data)) == 1
-    names, _ = simdino.find_images(data)
+    names, others, _ = simdino.find_images(data)
     assert names == [b"a/1.png", b"b/1.png", b"b/c/2.png", b"linked/1.png"]
+    assert others == {".png": 2, "": 1}, "what leads nowhere is counted"
 
 
 def test_a_label_is_the_first_folder_and_hidden_names_do_not_exist(tmp_path, capsys):
     tree(tmp_path, "train/a/x/1.png", "train/a/y/z/1.png", "train/b/x/1.png", "train/0.png")
     tree(tmp_path, "val/b/1.png", "val/a/y/1.png", "val/0.png", "test/a/1.png", "extra/1.png")
     tree(tmp_path, "train/notes.txt", "train/b/x.npy", "train/b/y.npy")
+    tree(tmp_path, "unlabeled/", "labels.csv", "0.png", ".hidden")
     for hidden in ".git", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "a/._1.png", "a/.x/":
         tree(tmp_path, *(f"{split}/{hidden}/1.png" for split in ("train", "val", ".")))
     names = [b"0.png", b"a/x/1.png", b"a/y/z/1.png", b"b/x/1.png"]
@@ -910,9 +1005,9 @@ def test_a_label_is_the_first_folder_and_hidden_names_do_not_exist(tmp_path, cap
     val_split = tmp_path / "val", [b"0.png", b"a/y/1.png", b"b/1.png"], [-1, 0, 1]
     assert simdino.find_data(tmp_path) == [train_split, val_split]
     assert capsys.readouterr().out.splitlines() == [
-        f"not used: a, extra, test in {tmp_path}",
+        f"not used: a, extra, test, unlabeled, 0.png, ... in {tmp_path}",
         f"{tmp_path}/train: 4 images, 2 class folders a, b",
-        "not read: files that end in {'.npy': 2, '.txt': 1}",
+        "not read: 3 files, with endings {'.npy': 2, '.txt': 1}",
         f"{tmp_path}/val: 3 images, 2 class folders a, b",
     ]
 
@@ -921,6 +1016,11 @@ def test_a_label_is_the_first_folder_and_hidden_names_do_not_exist(tmp_path, cap
     "paths, unknown",
     [("1.png 2.png", ""), ("a/ b/", ""), ("train/a/ train/b/", ""), ("train/ val/", "")]
     + [("train/a/ train/b/ validation/a/1.png", ""), ("train/a/ train/b/ val>train", "")]
+    + [("train/a/ train/b/ test/a>../train/a", ""), ("test/a/ test/b/ train>test", "")]
+    + [("train/a/ train/b/ val/a/ val/b/1.png>../../train/b/1.png", "")]
+    + [("train/a/ train/b/1.png>../../val/b/1.png val/b/", "")]
+    + [("all/ train/a>../all train/b/ val/a>../all", ""), ("train/a/ val/a/ train/b>..", "")]
+    + [("all/ train/a/ train/b/1.png>../../all/1.png val/b/1.png>../../all/1.png", "")]
     + [("train/a/ val/a/1.png", ""), ("train/a/ train/b/ val/1.png", "")]
     + [("train/ val/a/ val/b/", "; not in train/: a, b")]
     + [("train/Cat/ train/Dog/ val/cat/1.png val/Dog/1.png", "; not in train/: cat")],
@@ -928,7 +1028,9 @@ def test_a_label_is_the_first_folder_and_hidden_names_do_not_exist(tmp_path, cap
 def test_where_there_is_no_accuracy_one_line_says_why(capsys, tmp_path, paths, unknown):
     for path in paths.split():
         if ">" in path:
-            (tmp_path / path.split(">")[0]).symlink_to(path.split(">")[1])
+            place, target = path.split(">")
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place).symlink_to(target)
         else:
             tree(tmp_path, path)
     ((folder, names, _),) = simdino.find_data(tmp_path)
@@ -1119,7 +1221,6 @@ def test_sizes_that_do_not_fit_name_numbers_that_do(monkeypatch, script, world, 
         ("--no_such_flag 1", "--no_such_flag"),
         ("--use_fp16 true", "--use_fp16 .*: write --amp fp16"),
         ("--reduce_cov=1", "--reduce_cov .*: write --group_size 0 --eps_sq"),
-        ("--track_wandb", "--track_wandb .*: write nothing: log.txt"),
         ("--batch_size_per_gpu 64", "30 images in .*, fewer than a step: try --batch_size 30"),
         ("--data_path /nowhere", "/nowhere"),
         ("--pretrained_weights /nowhere.pth", "cannot start from /nowhere.pth"),
@@ -1127,6 +1228,30 @@ def test_sizes_that_do_not_fit_name_numbers_that_do(monkeypatch, script, world, 
 )
 def test_bad_arguments_get_one_line(pictures, tmp_path, flags, named):
     assert re.search(named, expect_stop(*tiny(pictures, tmp_path / "out", *flags.split())))
+
+
+OFFICIAL = """--arch --patch_size --out_dim --norm_last_layer --momentum_teacher --use_bn_in_head
+--z_dim --hidden_dim --use_simdino --warmup_teacher_temp --teacher_temp --warmup_teacher_temp_epochs
+--compile --use_fp16 --weight_decay --weight_decay_end --clip_grad --batch_size_per_gpu --epochs
+--freeze_last_layer --lr --warmup_epochs --min_lr --optimizer --drop_path_rate --global_crops_scale
+--local_crops_number --local_crops_scale --data_path --output_dir --saveckp_freq --seed
+--num_workers --dist_url --local_rank --track_wandb --track_swan --coeff --eps --reduce_cov
+--expa_type"""  # add_argument of main_dino.py
+
+
+def test_every_official_flag_is_taken_or_says_what_to_write_instead(script):
+    options = vars(script.parse_args([]))
+    for flag in OFFICIAL.split():
+        if flag.removeprefix("--") not in options:
+            with pytest.raises(SystemExit, match=f"^{flag} is an official flag .*: write "):
+                script.parse_args([flag, "1"])
+
+
+def test_the_size_of_views_that_are_not_drawn_does_not_matter(script):
+    flags = "--patch_size 12 --global_crops_size 24 --local_crops_number"
+    assert script.parse_args([*flags.split(), "0"]).local_crops_number == 0
+    with pytest.raises(SystemExit, match="crops of 16 pixels: no multiple of --patch_size 12"):
+        script.parse_args([*flags.split(), "1"])
 
 
 def test_help_opens_with_usage_a_sentence_and_two_examples_even_into_a_pipe(script):
@@ -1401,8 +1526,6 @@ def test_log_and_terminal_say_what_happened(script, finished):
     assert [knn for _, knn in said[1:]] == [f"{entries[i]['knn']:.1f}" for i in (1, 3)]
     progress = re.findall(r"^epoch (\d)/4 step (\d+)/12 loss .* ETA", printed, re.MULTILINE)
     assert set(progress) >= {("1", "3"), ("2", "6"), ("3", "9"), ("4", "12")}
-    low = any(entry["rank"] < 2 for entry in entries[1:])
-    assert ("warning: collapse" in printed) is low
 
 
 def test_checkpoint_opens_safely_and_its_teacher_loads_into_timm(script, finished):
@@ -1533,6 +1656,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(pictures, 
     step, last = weights_of(out)["step"], printed.splitlines()[-1]
     assert statuses == [128 + getattr(signal, name)] and 5 <= step < 17, printed
     assert last.startswith(f"{name}: saved {out}/checkpoint.pth at step {step}; ")
+    assert printed.count("finishes this step or k-NN, saves, ends; Ctrl-C: at once\n") == 1
     train(*tiny(pictures, out, more))
     train(*tiny(pictures, tmp_path / "whole", more))
     check_same_bits(out, tmp_path / "whole")
@@ -1566,13 +1690,18 @@ def test_a_second_ctrl_c_ends_at_once_and_nohup_is_heeded():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         caught = simdino.catch_signals()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and caught == []
-        signal.raise_signal(signal.SIGINT)
-        assert caught == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+        for number in signal.SIGUSR2, signal.SIGXCPU:
+            signal.raise_signal(number)
+        assert caught == [signal.SIGUSR2, signal.SIGXCPU]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 @parametrize("seconds, longest", [(1, 30), (100, 10)])
 def test_long_epochs_are_saved_every_15_minutes(monkeypatch, pictures, tmp_path, seconds, longest):
     steps, clock, step, save = [0], [], simdino.SimDINO.step, simdino.save
+    met, all_gather = [], simdino.all_gather
+    monkeypatch.setattr(simdino, "all_gather", lambda x: met.append(len(clock)) or all_gather(x))
     fake = dict.fromkeys(("monotonic", "perf_counter"), lambda: seconds * len(clock))
     monkeypatch.setattr(simdino, "time", SimpleNamespace(**fake))
     monkeypatch.setattr(simdino.SimDINO, "step", lambda *x: clock.append(1) or step(*x))
@@ -1580,6 +1709,7 @@ def test_long_epochs_are_saved_every_15_minutes(monkeypatch, pictures, tmp_path,
     more = "--eval_freq 0 --saveckp_freq 0 --batch_size 1 --epochs 2"
     train(*tiny(pictures, tmp_path, more))
     assert {30, 60} <= {*steps} and max(np.diff(steps)) == longest
+    assert max(np.diff(met)) == max(1, 5 // seconds), "they meet every 5 seconds, for signals"
 
 
 # ----------------------------------------------------------------------- a run is what its flags say
@@ -1678,17 +1808,17 @@ def test_checkpoints_that_cannot_be_read_are_left_as_they_are(script, finished, 
 def test_what_is_not_finite_ends_the_run_and_is_not_saved(script, copied, pictures, monkeypatch):
     before, model, augment = files_of(copied), build(script), script.augment
     model.params[3].data.view(-1)[0] = math.inf
-    with pytest.raises(SystemExit, match="not finite after step 7: try a lower --lr"):
+    with pytest.raises(SystemExit, match="step 7: .*a lower --lr with --resume_anyway"):
         script.save(copied / "new.pth", model, {"step": 7, "log": []})
     small = partial(torch.amp.GradScaler, init_scale=1.0)  # instead of 16 steps down from 65,536
     monkeypatch.setattr(torch.amp, "GradScaler", small)
     flags = tiny(pictures, copied, "--group_size 4")
     other = tiny(pictures, copied, "--group_size 4 --amp fp16 --coeff 1e9 --resume_anyway")
     message = expect_stop(*other, script=script)
-    assert re.fullmatch("not finite by step [56]: .* --amp bf16 or off", message)
+    assert re.fullmatch("loss or weights not finite by step [56]: try another --amp, .*", message)
     monkeypatch.setattr(script, "augment", lambda views: [x + math.nan for x in augment(views)])
     message = expect_stop(*flags, script=script)
-    assert re.fullmatch("not finite by step [56]: try a lower --lr, .*", message)
+    assert re.search("step [56]: .* a lower --lr with --resume_anyway$", message)
     assert files_of(copied) == before
 
 
@@ -1724,14 +1854,28 @@ def test_the_first_unreadable_images_are_named_and_all_counted(capsys, script, p
     for path in [*(data / "train" / "kind0").iterdir(), data / "train" / "kind1" / "0.png"]:
         path.write_bytes(b"")
     shutil.rmtree(data / "val")
-    more = "--batch_size 6 --batch_size_per_gpu 3 --group_size 3 --gamma 0"
+    more = "--batch_size 6 --batch_size_per_gpu 3 --group_size 3"
     train(*tiny(data, output, more), script=script)
     assert [(entry["bad_images"], entry["knn"]) for entry in log_of(output)] == [(12, None)] * 4
     printed = capsys.readouterr().out
     named = r"another image takes the place of one that cannot be read: '.*kind.*' \(.+\)"
     assert len(re.findall(named, printed)) == 4 * 3, "three of each epoch"
     assert "no k-NN accuracy: " in printed and "k-NN accuracy after" not in printed
-    assert "warning: collapse: try a smaller --eps_sq, a larger --gamma" in printed, "without it"
+
+
+@parametrize("ranks, warned", [([1.4, 1.7, 2.1, 2.8], 0), ([1.0, 1.01, 1.03, 9], 2), ([5, 1.5], 1)])
+def test_a_rank_that_is_low_and_does_not_rise_is_a_collapse(
+    monkeypatch, capsys, pictures, tmp_path, ranks, warned
+):
+    values = iter(map(torch.tensor, ranks))
+    monkeypatch.setattr(simdino, "effective_rank", lambda rows: next(values))
+    more = "--batch_size 30 --batch_size_per_gpu 15 --group_size 1 --eval_freq 0 --epochs"
+    train(*tiny(pictures, tmp_path, more, len(ranks)))
+    advice = "try a larger --group_size or --gamma, a smaller --eps_sq or a lower --lr\n"
+    assert (
+        capsys.readouterr().out.count(f"warning: collapse: all features are alike: {advice}")
+        == warned
+    )
 
 
 def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(script, copied, pictures):
@@ -1750,15 +1894,43 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(script, copied, pi
     assert weights_of(copied)["step"] == 5
 
 
-def test_a_pipe_that_closes_does_not_end_the_run(pictures, tmp_path):
-    (process,) = launch(simdino, *tiny(pictures, tmp_path))
-    process.stdout.readline()
-    process.stdout.close()
+@parametrize("kind", ["pipe", "terminal", "pipe, then a signal"])
+def test_a_pipe_or_terminal_that_closes_does_not_end_the_run(pictures, tmp_path, kind):
+    ours, theirs = os.openpty() if kind == "terminal" else os.pipe()
+    code = SIGNAL.replace("NAME", "SIGINT") if "signal" in kind else "pass"
+    (process,) = launch(simdino, *tiny(pictures, tmp_path), code=code, stdout=theirs)
+    os.close(theirs)
+    os.read(ours, 1)
+    os.close(ours)
     try:
-        assert process.wait(300) == 0
+        assert process.wait(300) == (130 if "signal" in kind else 0)
     finally:
         process.kill()
-    assert weights_of(tmp_path)["step"] == 12 and log_of(tmp_path)[-1]["knn"] is not None
+    assert 5 <= weights_of(tmp_path)["step"] <= 12
+
+
+class Written:
+    """What a notebook or a logger puts in the place of sys.stdout: it can be written to."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@parametrize("stdout", [None, Written()])
+def test_a_script_runs_as_in_a_notebook(script, monkeypatch, pictures, tmp_path, stdout):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *tiny(pictures, tmp_path, "--max_steps 1")])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    for name in "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE":
+        monkeypatch.setenv(name, "")  # is as none
+    with as_before():
+        runpy.run_path(script.__file__, run_name="__main__")
+    assert weights_of(tmp_path)["step"] == 1 and (not stdout or "step 1/12 " in stdout.text)
 
 
 def test_names_that_are_no_valid_text_are_read_and_printed_on_an_ascii_terminal(pictures, tmp_path):
@@ -1914,6 +2086,32 @@ def test_a_run_from_weights_resumes_without_them(script, finished, pictures, tmp
         train(*flags, "--max_steps", steps, *more, script=script)
         printed = capsys.readouterr().out
         assert f"at step {steps - 1}\n" in printed and "starts from" not in printed, "resume wins"
+
+
+OTHER = """
+read = script.read
+def other(path):
+    state = read(path)
+    for x in state["teacher"].values() if script.PROCESS else []:
+        x += 1
+    return state
+script.read = other
+def step(self, *_):
+    print("weights", *(sum(p.double().sum() for p in x.parameters()).item()
+        for x in (self.student, self.teacher)), flush=True)
+    os._exit(0)
+script.SimDINO.step = step
+"""
+
+
+def test_two_processes_start_from_the_first_ones_weights(script, finished, pictures, tmp_path):
+    first = finished[0] / "checkpoint.pth"
+    more = f"--pretrained_weights {first} --eval_freq 0 --batch_size 8 --group_size 8"
+    flags = tiny(pictures, tmp_path, more)
+    statuses, printed = ends(launch(script, *flags, world=2, code=OTHER))
+    expected = sum(x.double().sum() for x in weights_of(finished[0])["teacher"].values()).item()
+    sums = [float(x) for text in printed for x in re.search("weights (.*)", text)[1].split()]
+    assert statuses == [0, 0] and sums == [expected] * 4
 
 
 # ------------------------------------------------------------------------ evaluation: the weights

@@ -795,7 +795,7 @@ def main():
             entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
             if log and rank < min(2, 1.05 * log[-1]["rank"]):  # low, and not on its way up
                 text = "a larger --group_size or --gamma, a smaller --eps_sq or a lower --lr"
-                say(f"warning: collapse: all features are alike: try {text}")
+                say(f"warning: collapse, all features are alike: try {text}")
             log.append(entry)
             metrics.clear()
         state |= {"step": done, "epoch": done // per_epoch}
@@ -864,8 +864,9 @@ def catch_signals(worker=None):
         caught.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if PROCESS == 0 and worker is None:
-            with suppress(OSError):  # print() must not interrupt itself
-                os.write(2, b"\nfinishes this step or k-NN, saves, ends; Ctrl-C: at once\n")
+            with suppress(Exception):  # without print(), which it may have interrupted
+                text = b"\nfinishes this step or k-NN, saves, ends; Ctrl-C: at once\n"
+                os.write(sys.stderr.fileno(), text)
 
     names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
     for number in signal.Signals:  # under nohup SIGHUP stays ignored

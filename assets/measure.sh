@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main runs behind README.md's figures: some six hours on two cores. From the project's folder:
-#     bash assets/measure.sh built_in worlds cifar dino robust augmentation weights segment
+#     bash assets/measure.sh built_in worlds cifar dino robust augmentation weights segment loader
 # Data: cifar10/ as README.md makes it; clones of facebookresearch/dino (7c446df) in dino/ and of
 # RobinWu218/SimDINO (8149fc4) in SimDINO/; camvid/ with train/, test/, train_masks/, test_masks/;
 # photos/: CamVid's 367 training images and 200 of ImageNet.
@@ -102,6 +102,18 @@ segment() {
         python eval_linear.py --weights runs/$run/checkpoint.pth --data_path camvid --segment 176 240 --ignore_index 11 \
             --epochs 15 --output_dir runs/$run-scenes
     done
+}
+loader() { # images a second that one core decodes and crops, 2 + 10 views, five passes over photos/
+    python - <<'END'
+import time, pathlib, torch, simdino
+torch.set_num_threads(1)
+files, crop = [x for x in pathlib.Path("photos").rglob("*.*")], simdino.MultiCrop()
+for _ in range(5):
+    start = time.monotonic()
+    for file in files:
+        crop(simdino.load_image(file))
+    print(round(len(files) / (time.monotonic() - start)))
+END
 }
 
 for step in "$@"; do $step; done

@@ -504,7 +504,7 @@ class SimDINO:
 
 # torchrun sets these: the number of processes, this process's number, that of its GPU
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-PROCESS = int(os.environ.get("RANK") or 0)
+PROCESS = int(os.environ.get("RANK") or 0) % WORLD  # it may be left over from another run
 GPU = int(os.environ.get("LOCAL_RANK") or 0)
 # The built-in run's options, where they are not the paper's ImageNet recipe
 SMALL = """--arch vit_nano --patch_size 8 --hidden_dim 512 --drop_path_rate 0 --global_crops_size 32
@@ -799,11 +799,11 @@ def main():
             log.append(entry)
             metrics.clear()
         state |= {"step": done, "epoch": done // per_epoch}
+        if over and args.saveckp_freq and epoch % args.saveckp_freq == 0:
+            save(output / f"checkpoint{epoch:04}.pth", model, state)
         if number or max(late) or over or done >= end:
             save(path, model, state)
             saved = time.monotonic()
-        if over and args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            save(output / f"checkpoint{epoch:04}.pth", model, state)
         if number:
             say(f"{signal.Signals(number).name}: saved {path} at step {done}; rerun to resume")
             os._exit(128 + number)
@@ -1153,7 +1153,7 @@ def load_pretrained(path, model):
 
 def check(finite, step):
     if not finite:
-        advice = "try another --amp, or a lower --lr with --resume_anyway"
+        advice = "try another --amp, or a lower --lr with --resume_anyway or --output_dir"
         sys.exit(f"loss or weights not finite by step {step}: {advice}")
 
 
@@ -1162,15 +1162,15 @@ def save(path, model, state):
     numbers = [*model.params, *chain(*(x.values() for x in model.optimizer.state.values()))]
     check(all(x.isfinite().all() for x in numbers), state["step"])
     if PROCESS == 0:
-        partial_path = path.with_suffix(".partial")
+        partial_path = path.with_suffix(f".partial{os.getpid()}")  # two runs may share a folder
         try:
             with partial_path.open("wb") as file:
                 torch.save(state | {k: x.state_dict() for k, x in model.parts.items()}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial_path.replace(path)
             lines = "".join(json.dumps(entry) + "\n" for entry in state["log"])
             path.with_name("log.txt").write_text(lines)
+            partial_path.replace(path)
         except (OSError, RuntimeError) as error:  # torch.save's has the disk's as context
             partial_path.unlink(missing_ok=True)
             sys.exit(f"cannot write {path}: {error.__context__ or error}")
@@ -1190,7 +1190,8 @@ def restore(path, run, model):
         for name, part in model.parts.items():
             if values := state.pop(name):  # empty: the scaler of a run without fp16
                 part.load_state_dict(values)
-        say(f"resumed {path} at step {state['step']}")
+        text = ", so --pretrained_weights is not read" if run["pretrained_weights"] else ""
+        say(f"resumed {path}, saved at step {state['step']}{text}")
         return {key: state[key] for key in ("epoch", "log", "metrics")}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         sys.exit(f"cannot resume {path}: {' '.join(str(error).split())}")

@@ -1611,12 +1611,18 @@ def check_same_bits(folder, other):
 
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, finished, pictures, tmp_path):
     output, flags = tmp_path / "out", tiny(pictures, tmp_path / "out")
-    # By SIGKILL, when the first epoch's checkpoint is there, and its log is not
-    code = "script.Path.write_text = lambda *_: os.kill(os.getpid(), 9)"
+    # By SIGKILL, when the second epoch's log is there, and its checkpoint is not
+    code = """
+    replace, calls = script.Path.replace, []  # of checkpoint0000.pth, checkpoint.pth, again
+    def killed(*paths):
+        calls.append(1)
+        return os.kill(os.getpid(), 9) if len(calls) == 3 else replace(*paths)
+    script.Path.replace = killed
+    """
     with (tmp_path / "printed").open("w") as file:
         processes = launch(script, *flags, "--num_workers", 2, stdout=file, code=code)
         assert ends(processes)[0] == [-9]
-    assert weights_of(output)["step"] == 3 and log_of(output) == []
+    assert weights_of(output)["step"] == 3 and len(log_of(output)) == 2
     assert "epoch 1/4 step 3/12" in (tmp_path / "printed").read_text(), "nothing waits in a buffer"
     # In the k-NN that follows the second, and in the third
     for name, accuracy in ("knn_accuracy", None), ("effective_rank", log_of(finished[0])[1]["knn"]):
@@ -1818,7 +1824,7 @@ def test_what_is_not_finite_ends_the_run_and_is_not_saved(script, copied, pictur
     assert re.fullmatch("loss or weights not finite by step [56]: try another --amp, .*", message)
     monkeypatch.setattr(script, "augment", lambda views: [x + math.nan for x in augment(views)])
     message = expect_stop(*flags, script=script)
-    assert re.search("step [56]: .* a lower --lr with --resume_anyway$", message)
+    assert re.search("step [56]: .* a lower --lr with --resume_anyway or --output_dir$", message)
     assert files_of(copied) == before
 
 
@@ -1873,7 +1879,7 @@ def test_a_rank_that_is_low_and_does_not_rise_is_a_collapse(
     train(*tiny(pictures, tmp_path, more, len(ranks)))
     advice = "try a larger --group_size or --gamma, a smaller --eps_sq or a lower --lr\n"
     assert (
-        capsys.readouterr().out.count(f"warning: collapse: all features are alike: {advice}")
+        capsys.readouterr().out.count(f"warning: collapse, all features are alike: {advice}")
         == warned
     )
 
@@ -1892,6 +1898,14 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(script, copied, pi
     assert "File too large" in message and files_of(copied) == before
     train(*flags, script=script)
     assert weights_of(copied)["step"] == 5
+
+
+def test_a_run_without_stdout_and_stderr_saves_at_a_signal(pictures, tmp_path):
+    code = f"import os, simdino as script\n{SIGNAL.replace('NAME', 'SIGTERM')}\nscript.main()"
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    flags = tiny(pictures, tmp_path, "--num_workers 1")
+    run = subprocess.run([*command, *flags], check=False, cwd=FOLDER, timeout=300)
+    assert run.returncode == 143 and 5 <= weights_of(tmp_path)["step"] < 12
 
 
 @parametrize("kind", ["pipe", "terminal", "pipe, then a signal"])
@@ -1927,7 +1941,7 @@ def test_a_script_runs_as_in_a_notebook(script, monkeypatch, pictures, tmp_path,
     monkeypatch.setattr(sys, "argv", [script.__file__, *tiny(pictures, tmp_path, "--max_steps 1")])
     monkeypatch.setattr(sys, "stdout", stdout)
     for name in "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE":
-        monkeypatch.setenv(name, "")  # is as none
+        monkeypatch.setenv(name, "1" if name == "RANK" and stdout else "")  # left over; as none
     with as_before():
         runpy.run_path(script.__file__, run_name="__main__")
     assert weights_of(tmp_path)["step"] == 1 and (not stdout or "step 1/12 " in stdout.text)
@@ -2085,7 +2099,8 @@ def test_a_run_from_weights_resumes_without_them(script, finished, pictures, tmp
     for steps, more in (2, ["--pretrained_weights", first]), (3, []):
         train(*flags, "--max_steps", steps, *more, script=script)
         printed = capsys.readouterr().out
-        assert f"at step {steps - 1}\n" in printed and "starts from" not in printed, "resume wins"
+        unread = ", so --pretrained_weights is not read" * bool(more)
+        assert f"saved at step {steps - 1}{unread}\n" in printed and "starts from" not in printed
 
 
 OTHER = """

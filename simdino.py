@@ -740,7 +740,7 @@ def main():
     workers = {"num_workers": args.num_workers, "pin_memory": cuda, "worker_init_fn": catch_signals}
     workers["timeout"] = 900 * bool(args.num_workers)  # seconds: a worker that hangs ends the run
     data = iter(DataLoader(MicroBatches(images, args), batch_size=None, sampler=items, **workers))
-    saved, chunk = time.monotonic(), 1
+    saved, chunk = time.monotonic(), 3
     while True:
         epoch, i = divmod(done, per_epoch)
         due = judged and i == 0 and (epoch % args.eval_freq == 0 or done >= end)

@@ -1002,8 +1002,7 @@ def catch_signals(worker=None):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if PROCESS == 0 and worker is None:
             with suppress(Exception):  # without print(), which it may have interrupted
-                text = b"\nfinishes this step or k-NN, saves, ends; Ctrl-C: at once\n"
-                os.write(sys.stderr.fileno(), text)
+                os.write(sys.stderr.fileno(), b"\nends after this step or k-NN; at once: Ctrl-C\n")
 
     names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
     for number in signal.Signals:  # under nohup SIGHUP stays ignored
@@ -1296,8 +1295,9 @@ def load_pretrained(path, model):
 
 def check(finite, step):
     if not finite:
-        advice = "try another --amp, or a lower --lr with --resume_anyway or --output_dir"
-        sys.exit(f"loss or weights not finite by step {step}: {advice}")
+        sys.exit(
+            f"not finite by step {step}: try another --amp or --resume_anyway and a lower --lr"
+        )
 
 
 def save(path, model, state):

@@ -1152,9 +1152,7 @@ def load_pretrained(path, model):
 
 def check(finite, step):
     if not finite:
-        sys.exit(
-            f"not finite by step {step}: try another --amp or --resume_anyway and a lower --lr"
-        )
+        sys.exit(f"not finite by step {step}: try --amp off, or --resume_anyway and a lower --lr")
 
 
 def save(path, model, state):

@@ -1909,7 +1909,7 @@ def test_a_run_without_stdout_and_stderr_saves_at_a_signal(pictures, tmp_path):
     assert run.returncode == 143 and 5 <= weights_of(tmp_path)["step"] < 12
 
 
-@parametrize("kind", ["pipe", "terminal", "pipe, then a signal"])
+@parametrize("kind", ["terminal", "pipe, then a signal"])
 def test_a_pipe_or_terminal_that_closes_does_not_end_the_run(pictures, tmp_path, kind):
     ours, theirs = os.openpty() if kind == "terminal" else os.pipe()
     code = SIGNAL.replace("NAME", "SIGINT") if "signal" in kind else "pass"
@@ -2120,12 +2120,13 @@ script.SimDINO.step = step
 """
 
 
-def test_two_processes_start_from_the_first_ones_weights(script, finished, pictures, tmp_path):
-    first = finished[0] / "checkpoint.pth"
-    more = f"--pretrained_weights {first} --eval_freq 0 --batch_size 8 --group_size 8"
-    flags = tiny(pictures, tmp_path, more)
-    statuses, printed = ends(launch(script, *flags, world=2, code=OTHER))
-    expected = sum(x.double().sum() for x in weights_of(finished[0])["teacher"].values()).item()
+def test_two_processes_start_from_the_first_ones_weights(pictures, tmp_path):
+    path, state = tmp_path / "w.pth", build(simdino).teacher.state_dict()
+    torch.save({"teacher": state}, path)
+    more = f"--pretrained_weights {path} --eval_freq 0 --batch_size 8 --group_size 8"
+    flags = tiny(pictures, tmp_path / "out", more)
+    statuses, printed = ends(launch(simdino, *flags, world=2, code=OTHER))
+    expected = sum(x.double().sum() for x in state.values()).item()
     sums = [float(x) for text in printed for x in re.search("weights (.*)", text)[1].split()]
     assert statuses == [0, 0] and sums == [expected] * 4
 

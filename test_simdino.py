@@ -370,11 +370,9 @@ def test_what_the_scripts_share_stands_in_each_in_the_same_words():
     assert [name for name in v2 if name in v1] == list(v1), "in the same order"
     added = {"masked_patch_loss", "LayerScale", "Network", "block_masks", "parameter_groups"}
     assert v2.keys() - v1.keys() == added
-    shared = {name for name in evaluation if evaluation[name] == v2.get(name)}
-    assert shared >= {"load_image", "Images", "find_images", "find_data", "normalize", "seed_from"}
-    assert shared >= {"cosine_schedule", "Attention", "LayerScale", "EXTENSIONS", "HIDDEN"}
-    own = {"Block", "VisionTransformer", "WORLD", "start_process", "say", "FREE", "parse_args"}
-    assert (evaluation.keys() & v2.keys()) - shared <= own | {"main"}
+    own = {"Block", "VisionTransformer", "FREE", "parse_args", "main", "center_crop", "embed"}
+    both = evaluation.keys() & v2.keys()
+    assert {name for name in both if evaluation[name] != v2[name]} == own and len(both) == 27
 
 
 def self_distil(gamma, momentum=0.9, steps=150, unit=True):
@@ -693,11 +691,12 @@ def test_deep_pixels_are_stretched_from_lowest_to_highest(tmp_path, kind, extens
         assert simdino.load_image(path).float().std() > 30
 
 
-def write_png(path, values):
-    """16-bit colours, which Pillow does not write: (H, W, 3 or 4)."""
-    h, w, bands = values.shape
-    header = struct.pack(">IIBBBBB", w, h, 16, {3: 2, 4: 6}[bands], 0, 0, 0)
-    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+def write_png(path, values, bits=16):
+    """Kinds that Pillow does not write: 16-bit colours (H, W, 3 or 4), gray of any depth (H, W)."""
+    h, w, *bands = values.shape
+    header = struct.pack(">IIBBBBB", w, h, bits, {3: 2, 4: 6}[bands[0]] if bands else 0, 0, 0, 0)
+    digits = np.unpackbits(values.astype(">u2").view(np.uint8)).reshape(h, -1, 16)[..., -bits:]
+    lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in digits)
     content = b"\x89PNG\r\n\x1a\n"
     for kind, data in (b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""):
         content += struct.pack(">I", len(data)) + kind + data
@@ -2134,29 +2133,15 @@ def test_two_processes_start_from_the_first_ones_weights(pictures, tmp_path):
 # ------------------------------------------------------------------------ evaluation: the weights
 
 
-def weights(version, width=128, depth=4):
+def weights(version, width=128):
     """A backbone's weights by our names, the same on any machine: patch 8, grid of 4 x 4."""
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 17, width)}
-    shapes |= {"patch_embed.proj.weight": (width, 3, 8, 8), "patch_embed.proj.bias": (width,)}
-    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
-    if version == 2:
-        shapes["register_tokens"] = (1, 4, width)
-    for i in range(depth):
-        block = {"norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,)}
-        block |= {"norm2.bias": (width,), "attn.qkv.weight": (3 * width, width)}
-        block |= {"attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width)}
-        block |= {"attn.proj.bias": (width,), "mlp.fc1.weight": (4 * width, width)}
-        block |= {"mlp.fc1.bias": (4 * width,), "mlp.fc2.weight": (width, 4 * width)}
-        block["mlp.fc2.bias"] = (width,)
-        if version == 2:
-            block |= {"ls1.gamma": (width,), "ls2.gamma": (width,)}
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    tensors = {}
-    for i, name in enumerate(sorted(shapes)):
-        n = torch.arange(1, math.prod(shapes[name]) + 1, dtype=torch.float64).view(shapes[name])
+    v2 = version == 2
+    tensors = eval_linear.VisionTransformer(4, 8, width, 4, 2, 4 if v2 else None, v2).state_dict()
+    for i, name in enumerate(sorted(tensors)):
+        n = torch.arange(1, tensors[name].numel() + 1, dtype=torch.float64).view_as(tensors[name])
         tensor = (0.5 if n.ndim == 1 else 0.2) * torch.sin(n * n * 0.01 + i)
         tensors[name] = (tensor + bool(re.search(r"norm\d?\.weight", name))).float()
-    return tensors
+    return dict(tensors)
 
 
 def prefixed(prefix, tensors):
@@ -2165,23 +2150,23 @@ def prefixed(prefix, tensors):
 
 def chunked(tensors):
     """As FSDP's chunks of 2 blocks name them: blocks.1.3.norm1.weight."""
-    return {
-        re.sub(r"blocks\.(\d)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", name): tensor
-        for name, tensor in tensors.items()
-    }
+    new = lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}"
+    return {re.sub(r"blocks\.(\d)", new, name): tensor for name, tensor in tensors.items()}
 
 
 def checkpoint(kind):
     v1, v2, mask = weights(1), weights(2), {"mask_token": torch.ones(1, 128)}
     head = simdino.ProjectionHead(128, 16).state_dict()
+    other = {name: 0 * x for name, x in v1.items()}
     official = prefixed("module.backbone.", v1) | prefixed("module.head.", head)
     ours = prefixed("backbone.", v1) | prefixed("head.", head)
     ours_v2 = prefixed("backbone.", v2 | mask) | prefixed("head.", head)
     official_v2 = prefixed("backbone.", chunked(v2) | mask) | prefixed("dino_head.", head)
     arguments = argparse.Namespace(arch="vit_base", lr=0.1)
-    optimizer = {"param_groups": [{"lr": np.float64(0.1)}]}
+    optimizer = {"param_groups": [{"lr": np.float64(0.1)}], "state": {0: {"exp_avg": mask}}}
+    pair = prefixed("student_backbone.vit.", other) | prefixed("teacher_backbone.vit.", v1)
     return {
-        "ours, v1": {"student": {}, "teacher": ours, "step": 3, "args": {"arch": "vit_x"}},
+        "ours, v1": {"student": prefixed("backbone.", other), "teacher": ours, "step": 3},
         "ours, v2": {"student": {}, "teacher": ours_v2, "step": 3, "args": {"arch": "vit_x"}},
         "official v1, with its arguments": {
             "teacher": official,
@@ -2193,6 +2178,10 @@ def checkpoint(kind):
         },
         "official v1, flat": v1,
         "official v1, compiled": prefixed("_orig_mod.", v1),
+        "of Lightning": {"state_dict": prefixed("teacher.backbone.", v1), "lr_schedulers": []},
+        "of two backbones": pair,
+        "nested": {"student": {"backbone": other}, "teacher": {"backbone": v1}},
+        "of DeiT and MAE": {"model": v1, "epoch": 3},
         "official v2, chunked": {"teacher": official_v2},
         "official v2, flat": v2 | mask,
         "timm's v2": {name.replace("register_tokens", "reg_token"): x for name, x in v2.items()}
@@ -2203,21 +2192,16 @@ def checkpoint(kind):
 
 @parametrize(
     "kind, version, left_out",
-    [
-        ("ours, v1", 1, ["head.mlp"]),
-        ("ours, v2", 2, ["head.mlp", "mask_token"]),
-        ("official v1, with its arguments", 1, ["head.mlp"]),
-        ("official v1, flat", 1, []),
-        ("official v1, compiled", 1, []),
-        ("official v2, chunked", 2, ["head.mlp", "mask_token"]),
-        ("official v2, flat", 2, ["mask_token"]),
-        ("timm's classifier", 1, ["head.bias", "head.weight"]),
-    ],
+    [(kind, 1, []) for kind in ("ours, v1", "official v1, with its arguments", "official v1, flat")]
+    + [(kind, 1, []) for kind in ("official v1, compiled", "of Lightning", "of two backbones")]
+    + [("nested", 1, []), ("of DeiT and MAE", 1, []), ("ours, v2", 2, ["mask_token"])]
+    + [(kind, 2, ["mask_token"]) for kind in ("official v2, chunked", "official v2, flat")]
+    + [("timm's classifier", 1, ["head.bias", "head.weight"])],
 )
 def test_weights_of_every_format_give_the_official_features(tmp_path, kind, version, left_out):
     torch.save(checkpoint(kind), tmp_path / "weights.pth")
     model, dropped = eval_linear.load_backbone(tmp_path / "weights.pth", num_heads=2)
-    assert dropped == left_out
+    assert sorted(dropped) == left_out
     expected = {  # official: CLS of the last 4 blocks and mean patch of the last, in float64
         (1, 32): -3.0275591342386177,
         (1, 48): 1.681385036146514,  # positions interpolated as in DINO
@@ -2227,7 +2211,7 @@ def test_weights_of_every_format_give_the_official_features(tmp_path, kind, vers
     for size in (32, 48):
         n = torch.arange(2 * 3 * size * size).view(2, 3, size, size)
         features = eval_linear.encode(model, (n * n * 7 % 251).byte())
-        assert features.shape == (2, 5 * 128)
+        assert features.shape == (2, 5, 128)
         assert fingerprint(features.double()) == pytest.approx(expected[version, size], abs=1e-3)
 
 
@@ -2258,11 +2242,8 @@ def test_attention_weights_are_those_the_last_block_used(tmp_path):
 
 @parametrize(
     "name, size",
-    [
-        ("vit_tiny_patch16_224", 224),
-        ("vit_small_patch14_dinov2", 112),
-        ("vit_small_patch14_reg4_dinov2", 112),
-    ],
+    [("vit_tiny_patch16_224", 224)]
+    + [(f"vit_small_patch14{x}_dinov2", 112) for x in ("", "_reg4")],
 )
 def test_weights_of_timm_give_its_features(tmp_path, name, size):
     timm = pytest.importorskip("timm")
@@ -2277,124 +2258,152 @@ def test_weights_of_timm_give_its_features(tmp_path, name, size):
         torch.testing.assert_close(tokens, theirs.forward_features(x), rtol=1e-4, atol=1e-4)
 
 
-def stopped(action, *arguments, **options):
-    """Expect action to end the program; -> its one line."""
+def refused(path, *arguments):
+    """-> the one line of at most 500 characters with which load_backbone refuses path."""
+    before = path.read_bytes()
     with pytest.raises(SystemExit) as end:
-        action(*arguments, **options)
+        eval_linear.load_backbone(path, *arguments)
     assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    assert str(path) in end.value.code and len(end.value.code) <= 500
+    assert path.read_bytes() == before
     return end.value.code
 
 
-def test_keys_that_do_not_fit_are_listed(tmp_path):
-    path, tensors = tmp_path / "weights.pth", weights(1)
-    del tensors["blocks.2.norm1.bias"], tensors["norm.weight"]
-    tensors |= {"fc_norm.weight": torch.ones(128), "blocks.0.mlp.w12.weight": torch.ones(2)}
-    tensors["cls_token"] = torch.ones(1, 2, 128)
-    torch.save(tensors, path)
-    message = stopped(eval_linear.load_backbone, path, num_heads=2)
-    assert 'Missing key(s) in state_dict: "blocks.2.norm1.bias", "norm.weight".' in message
-    assert '"blocks.0.mlp.w12.weight"' in message.split("Unexpected key(s)")[1]
-    assert "size mismatch for cls_token" in message
-
-
-def test_weights_under_another_name_are_asked_for(tmp_path):
-    path = tmp_path / "weights.pth"
-    torch.save({"net": weights(1, 96), "epoch": 3}, path)
-    assert "it has: net, epoch" in stopped(eval_linear.load_backbone, path)
-    eval_linear.load_backbone(path, "net")
-    assert "under epoch" in stopped(eval_linear.load_backbone, path, "epoch")
-    torch.save({"model": weights(1, 96), "epoch": 3}, path)  # as DeiT and MAE have them
-    eval_linear.load_backbone(path)
-
-
-def test_the_number_of_heads_is_asked_for_where_no_standard_says_it(tmp_path):
-    path = tmp_path / "weights.pth"
-    for width, heads in (96, 3), (192, 3), (384, 6):
-        torch.save(weights(1, width), path)
-        assert eval_linear.load_backbone(path)[0].blocks[0].attn.num_heads == heads
-    assert eval_linear.load_backbone(path, num_heads=8)[0].blocks[0].attn.num_heads == 8
-    assert "--num_heads 7" in stopped(eval_linear.load_backbone, path, num_heads=7)
-    torch.save(weights(1, 160), path)
-    assert "160 wide" in stopped(eval_linear.load_backbone, path)
-    assert eval_linear.load_backbone(path, num_heads=5)[0].blocks[0].attn.num_heads == 5
-
-
-@parametrize("version", [1, 2])
-def test_timm_loads_an_exported_backbone_strictly_by_the_line_printed(
-    monkeypatch, tmp_path, capsys, version
+@parametrize(
+    "content, arguments, named",
+    [
+        (b"", (), "begins with b''"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", (), "version https://git-lfs"),
+        ({"teacher": Code("mark")}, (), "code ['posix.system']"),
+        ({"state_dict": {}, "path": Path("x")}, (), "code ['pathlib"),  # of Lightning
+        ([1, 2], (), "no patch_embed.proj.weight, but []"),
+        ({f"embeddings.{i:099}": torch.ones(1) for i in range(9)}, (), "'embeddings.000"),  # HF
+        ({"net": weights(1, 96)}, ("ema",), "under --checkpoint_key ema; it has"),
+        ({"ema": weights(1, 96), "net": weights(1, 96)}, (), "under ['ema.', 'net.']"),
+        (
+            {k.replace("fc1", "w12"): x for k, x in weights(1, 192).items() if "pos" not in k},
+            (),
+            "lacks ['blocks.0.mlp.fc1.bias (768,)', 'blocks.0.mlp.fc1.weight",  # SwiGLU
+        ),
+        (weights(1, 96) | {"fc_norm.weight": torch.ones(96)}, (), "has ['fc_norm.weight (96,)']"),
+        (weights(1, 96) | {"cls_token": torch.ones(1, 2, 96)}, (), "has ['cls_token (1, 2, 96)']"),
+        (weights(1, 96) | {"pos_embed": torch.ones(1, 33, 96)}, (), "pos_embed (1, 33, 96)"),  # 8x4
+        (weights(1, 96) | {"pos_embed": torch.ones(1, 16, 96)}, (), "pos_embed (1, 16, 96)"),  # 5x3
+        (weights(1, 160), (), "--num_heads, a divisor of its width, 160"),
+        (weights(1, 96), (None, 7), "--num_heads"),
+    ],
+)
+def test_other_files_are_refused_in_a_line_that_says_what_they_have(
+    tmp_path, monkeypatch, content, arguments, named
 ):
-    pytest.importorskip("timm")
-    torch.save({"teacher": prefixed("backbone.", weights(version, 96))}, tmp_path / "w.pth")
-    out = tmp_path / "timm.pth"
-    evaluate(monkeypatch, "--weights", tmp_path / "w.pth", "--export", out)
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("model = timm.") and "strict=True" in line
-    (tmp_path / "line.py").write_text("import timm, torch\n" + line)
-    names = runpy.run_path(tmp_path / "line.py")
-    model, _ = eval_linear.load_backbone(tmp_path / "w.pth")
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = model.get_intermediate_layers(x)[0][:, 0]
-        torch.testing.assert_close(names["model"].eval()(x), expected, rtol=1e-5, atol=1e-4)
-    flags = ["--weights", tmp_path / "w.pth", "--export"]
-    assert "a new .pth" in stopped(evaluate, monkeypatch, *flags, out), "never written over"
-    assert "a new .pth" in stopped(evaluate, monkeypatch, *flags, tmp_path / "x.safetensors")
-    again, _ = eval_linear.load_backbone(out)  # and back
-    torch.testing.assert_close(again.get_intermediate_layers(x)[0][:, 0], expected)
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("w.pth").write_bytes(content)
+    else:
+        torch.save(content, "w.pth")
+    assert named in refused(Path("w.pth"), *arguments)
+    assert not Path("mark").exists()
+    Path("w.pth").write_bytes(Path("w.pth").read_bytes()[:-20])
+    refused(Path("w.pth"), *arguments)
 
 
-def test_a_backbone_without_registers_is_exported_too(monkeypatch, tmp_path, capsys):
-    timm = pytest.importorskip("timm")
-    model = simdinov2.VisionTransformer(32, 8, 96, 4, 3, num_register_tokens=0).eval()
-    torch.save(model.state_dict(), tmp_path / "w.pth")
-    (tmp_path / "w.safetensors").write_bytes(safetensors(model.state_dict()))
-    for name in "w.pth", "w.safetensors":
-        out = tmp_path / f"{name}.pth"
-        evaluate(monkeypatch, "--weights", tmp_path / name, "--export", out)
-        shape = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
-        shape |= {"num_classes": 0, "init_values": 1, "reg_tokens": 0, "no_embed_class": True}
-        theirs, x = timm.models.VisionTransformer(**shape).eval(), torch.randn(1, 3, 32, 32)
-        theirs.load_state_dict(torch.load(out, weights_only=True), strict=True)
-        torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-5)
-    assert "reg_tokens=0, no_embed_class=True" in capsys.readouterr().out
+def test_one_of_several_weights_and_the_number_of_heads_may_be_chosen(tmp_path):
+    other = {name: 0 * x for name, x in weights(1, 384).items()}
+    torch.save({"ema": weights(1, 384), "net": {"backbone": other}}, tmp_path / "w.pth")
+    model, _ = eval_linear.load_backbone(tmp_path / "w.pth", "ema")
+    assert model.norm.weight.any() and model.blocks[0].attn.num_heads == 6
+    model, _ = eval_linear.load_backbone(tmp_path / "w.pth", "net.backbone", 8)
+    assert not model.norm.weight.any() and model.blocks[0].attn.num_heads == 8
 
 
-def safetensors(tensors):
-    """The format, written from its description."""
-    header, numbers = {"__metadata__": {"format": "pt"}}, b""
-    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    for name, x in tensors.items():
-        raw = x.contiguous().view(torch.uint8).numpy().tobytes()
-        entry = {"dtype": kinds[x.dtype], "shape": list(x.shape)}
-        header[name] = entry | {"data_offsets": [len(numbers), len(numbers) + len(raw)]}
-        numbers += raw
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + numbers
+@parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_safetensors_are_read_by_their_package(tmp_path, monkeypatch, dtype):
+    package = pytest.importorskip("safetensors.torch")
+    path, tensors = tmp_path / "w.safetensors", {k: x.to(dtype) for k, x in weights(2, 96).items()}
+    package.save_file(prefixed("teacher.", tensors) | {"queue.at": torch.arange(3)}, path)
+    model, _ = eval_linear.load_backbone(path)
+    assert torch.equal(model.norm.bias, tensors["norm.bias"].float())
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "safetensors" in refused(path)
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(path)
 
 
-@parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_safetensors_are_read(tmp_path, dtype):
-    tensors = {name: x.to(dtype) for name, x in weights(2, 96).items()}
-    (tmp_path / "w.safetensors").write_bytes(safetensors(tensors))
-    read, mlp, left_out = eval_linear.read_weights(tmp_path / "w.safetensors")
-    assert same(read, tensors) and not mlp and not left_out
-    (tmp_path / "w.safetensors").write_bytes(safetensors(tensors)[:-1000])
-    assert "w.safetensors" in stopped(eval_linear.read_weights, tmp_path / "w.safetensors")
+# ------------------------------------------------------------------------- evaluation: a fixture
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path):
-    path = tmp_path / "weights.pth"
-    torch.save({"teacher": Code(tmp_path / "mark")}, path)
-    hostile = path.read_bytes()
-    torch.save({"fc.weight": torch.ones(2, 2)}, path)
-    resnet = path.read_bytes()
-    for content in (b"", b"rubbish", hostile, resnet, resnet[:-20]):
-        path.write_bytes(content)
-        assert str(path) in stopped(eval_linear.load_backbone, path)
-        assert path.read_bytes() == content
-    assert not (tmp_path / "mark").exists()
-    torch.save([1, 2], path)
-    assert "has: list" in stopped(eval_linear.load_backbone, path)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """train/ and val/ of 3 kinds; val's kind0 and kind1 change places; two files are damaged, two
+    have no label."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in ("train", 30), ("val", 8):
+        for kind in range(3):
+            shown = kind if split == "train" or kind == 2 else 1 - kind
+            folder = root / split / f"kind{kind}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                rng = np.random.default_rng((shown, i, count))
+                pixels = np.clip(60 * shown + 40 + rng.normal(0, 25, (32, 40, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
+        shutil.copy(folder / "00.png", root / split / "none.png")
+    (root / "train" / "kind1" / "04.png").write_bytes(b"not an image")
+    (root / "val" / "kind2" / "03.png").write_bytes(b"not an image")
+    return root
+
+
+SIZES = SimpleNamespace(resize_size=32, crop_size=32)
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save({"teacher": weights(2, 96)}, path)
+    flags = f"--weights {path} --data_path {data} --resize_size 32 --crop_size 32 --num_workers 0 "
+    return shlex.split(flags + "--batch_size_per_gpu 16 --epochs 4 --seed 3")
+
+
+def evaluate(*flags):
+    """eval_linear.main() with these flags, in this process; -> what it printed."""
+    with redirect_stdout(StringIO()) as printed:
+        train(*flags, script=eval_linear)
+    return printed.getvalue()
+
+
+stopped = partial(expect_stop, script=eval_linear)
+
+
+def results_of(folder):
+    """The one result in folder, and the classifier that it names."""
+    (line,) = (folder / "results.jsonl").read_text().splitlines()
+    results = json.loads(line)
+    names = {path.name for path in folder.iterdir()} - {"results.jsonl"}
+    assert names <= {f"classifier-{results['id']}.pth"}, "the unfinished probe is gone"
+    classifiers = [torch.load(folder / name, weights_only=True) for name in names]
+    return results | {"seconds": 0}, *classifiers
+
+
+SIGNALLED = """
+losses, taken = script.PROBE.losses, []
+def signalled(*arguments):
+    taken.append(1)
+    if len(taken) == 7 and script.PROCESS == script.WORLD - 1:
+        os.kill(os.getpid(), script.signal.SIGTERM)
+    return losses(*arguments)
+script.PROBE.losses = signalled
+"""
+
+
+def resumed(probe, flags, output, world):
+    """A run that a signal ends while the probe is trained, and that goes on; -> its results."""
+    flags, code = [*flags, "--output_dir", output], SIGNALLED.replace("PROBE", probe)
+    statuses, printed = ends(launch(eval_linear, *flags, world=world, code=code))
+    assert statuses == [128 + signal.SIGTERM] * world, printed
+    assert "".join(printed).count("; rerun to resume") == 1
+    statuses, printed = ends(launch(eval_linear, *flags, world=world))
+    assert statuses == [0] * world and "".join(printed).count("resumed") == 1, printed
+    return results_of(output)
 
 
 # ---------------------------------------------------------------------------- evaluation: k-NN
@@ -2406,72 +2415,37 @@ def test_knn_counts_weighted_votes_for_every_k_even_beyond_the_bank():
     bank = F.normalize(torch.randn(150, 8) + 0.5 * F.one_hot(labels, 8), dim=-1)
     z, y = F.normalize(torch.randn(300, 8) + F.one_hot(labels, 8).repeat(2, 1), dim=-1), labels
     y = y.repeat(2)
-    got = eval_linear.knn_accuracies((bank, labels), (z, y), (1, 10, 20, 200))
-    for k, accuracy in got.items():
-        hits = 0
-        for query, label in zip(z, y):
+    got = eval_linear.knn_accuracies((bank, labels), (z[:270], y[:270]), (1, 10, 20, 200))
+    for k, (top1, class_mean) in got.items():
+        right = [[] for _ in range(5)]
+        for query, label in zip(z[:270], y[:270]):
             cosines = sorted(((query @ t).item(), c.item()) for t, c in zip(bank, labels))[-k:]
             votes = [sum(math.exp(c / 0.07) for c, own in cosines if own == i) for i in range(5)]
-            hits += int(np.argmax(votes)) == label
-        assert accuracy == pytest.approx(100 * hits / 300)
-    assert len(set(got.values())) > 2, "the ks differ"
+            right[label].append(int(np.argmax(votes)) == label)
+        assert top1 == pytest.approx(100 * sum(map(sum, right)) / 270)
+        assert class_mean == pytest.approx(100 * np.mean([*map(np.mean, right)]))
+    assert len({top1 for top1, _ in got.values()}) > 2, "the ks differ"
 
 
-def test_knn_takes_a_large_bank_in_parts_and_leaves_out_what_has_no_label():
+def test_knn_takes_a_large_bank_in_parts_and_leaves_out_what_has_no_label(monkeypatch):
     torch.manual_seed(0)
     n = 2**16 + 3000
     bank, labels, z = torch.randn(n, 4), torch.arange(n) % 3, torch.randn(64, 4)
     labels[::7] = -1
     y = torch.arange(64) % 3
     y[:4] = -1
-    got = eval_linear.knn_accuracies((bank, labels), (z, y), (20,))[20]
+    got = eval_linear.knn_accuracies((bank, labels), (z, y), (20,))[20][0]
     good, real = F.normalize(bank[labels >= 0], dim=-1), labels[labels >= 0]
     cosine, at = (F.normalize(z, dim=-1)[4:] @ good.mT).topk(20)
     votes = (cosine / 0.07).exp()[..., None] * F.one_hot(real[at], 3)
-    assert got == pytest.approx(100 * (votes.sum(1).argmax(-1) == y[4:]).float().mean().item())
+    right = votes.sum(1).argmax(-1) == y[4:]
+    assert got == pytest.approx(100 * right.float().mean().item())
+    monkeypatch.setattr(eval_linear, "PROCESS", 99)
+    got = eval_linear.knn_accuracies((bank, labels), (z, y))
+    assert set(map(tuple, got.values())) == {(0, 0)}, "this process's share is empty"
 
 
 # ----------------------------------------------------------------------- evaluation: the probe
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """train/ and val/ of 3 kinds; val's kind0 and kind1 change places; two files are damaged."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in ("train", 30), ("val", 8):
-        for kind in range(3):
-            shown = kind if split == "train" or kind == 2 else 1 - kind
-            folder = root / split / f"kind{kind}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                rng = np.random.default_rng((shown, i, count))
-                pixels = np.clip(60 * shown + 40 + rng.normal(0, 25, (32, 40, 3)), 0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
-    (root / "train" / "kind1" / "04.png").write_bytes(b"not an image")
-    (root / "val" / "kind2" / "03.png").write_bytes(b"not an image")
-    return root
-
-
-@pytest.fixture(scope="module")
-def base(data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "weights.pth"
-    torch.save({"teacher": weights(2, 96)}, path)
-    flags = f"--weights {path} --data_path {data} --resize_size 32 --crop_size 32 --num_workers 0 "
-    return shlex.split(flags + "--batch_size_per_gpu 16 --epochs 4 --saveckp_freq 1 --seed 3")
-
-
-def evaluate(monkeypatch, *flags):
-    """eval_linear.main() with these flags, in this process."""
-    monkeypatch.setattr(sys, "argv", ["eval_linear.py", *map(str, flags)])
-    eval_linear.main()
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def probe_of(folder):
-    return torch.load(folder / "probe.pth", weights_only=True)
 
 
 @pytest.fixture(scope="module", params=["cached", "crops"])
@@ -2479,150 +2453,281 @@ def evaluated(request, base, tmp_path_factory):
     """Flags of a run never interrupted, its folder and what it printed."""
     flags = [*base, "--cached"] if request.param == "cached" else base
     output = tmp_path_factory.mktemp("evaluated")
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
-        evaluate(patch, *flags, "--output_dir", output)
-    return flags, output, printed.getvalue()
+    return flags, output, evaluate(*flags, "--output_dir", output)
 
 
-def test_the_probe_learns_and_is_chosen_on_held_out_images_not_on_val(evaluated, base):
+def test_the_probe_learns_and_is_chosen_on_held_out_images_not_on_val(evaluated, base, data):
     _, output, printed = evaluated
-    results = results_of(output)
-    held_out, best = results["probe"]["held_out"], results["probe"]["best"]
-    assert len(held_out) == 52 and best in held_out
-    assert held_out[best][0] == max(top1 for top1, _ in held_out.values()) > 80
-    assert all(0 <= top1 <= top5 <= 100 for top1, top5 in held_out.values())
+    results, classifier = results_of(output)
+    probe, held_out = results["probe"], results["probe"]["held_out"]
+    best, names = held_out[probe["best"]], ("top1", "top5", "class_mean", "loss")
+    assert len(held_out) == 52 and all([*x] == [*best] for x in held_out.values())
+    ranks = {name: (x["top1"], -x["loss"]) for name, x in held_out.items()}
+    assert ranks[probe["best"]] == max(ranks.values()) and best["top1"] > 80
+    assert all(0 <= x["top1"] <= x["top5"] <= 100 and x["loss"] > 0 for x in held_out.values())
     # Two kinds change places in val: who knows them best does worst there.
-    assert results["probe"]["val_top1"] < 50 and results["probe"]["val_top5"] == 100
-    assert set(results["knn"]) == {"10", "20", "100", "200"} and results["knn"]["10"] < 50
+    assert probe["top1"] < 50 and probe["top5"] == 100 and {*names} < {*probe}
+    assert set(results["knn"]) == {"10", "20", "100", "200"} and results["knn"]["10"]["top1"] < 50
     assert results["weights"] == base[1] and results["bad_images"] == 2
-    assert len(results["run"]["weights_sha256"]) == 16 and results["run"]["images"] == [90, 24]
+    assert results["judged"] == f"{data}/val" and results["run"]["classes"] == [
+        "kind0",
+        "kind1",
+        "kind2",
+    ]
     named = [line for line in printed.splitlines() if line.startswith("unreadable, left out")]
     assert len(named) == 2 and "04.png" in named[0] and "val/kind2/03.png" in named[1]
-    assert "1 of 24 images" in printed
-    assert best in printed and "4 blocks + patches" in printed and "ETA" in printed
+    assert f"1 of 24 images in {data}/val" in printed and "3 heads, by its width" in printed
+    assert probe["best"] in printed and f"on {data}/val top-1 {probe['top1']:.2f}" in printed
+
+    # The classifier, used as the README says
+    model, _ = eval_linear.load_backbone(base[1])
+    right = [[], [], []]
+    for path in sorted((data / "val").glob("kind?/*.png")):
+        with contextlib.suppress(OSError):
+            image = eval_linear.center_crop(eval_linear.load_image(path), SIZES)
+            z = eval_linear.encode(model, image[None]).flatten(1)
+            scores = z @ classifier["weight"].T + classifier["bias"]
+            kind = classifier["classes"].index(path.parent.name)
+            right[kind].append(scores.argmax().item() == kind)
+    assert probe["top1"] == pytest.approx(100 * sum(map(sum, right)) / 23)
+    assert probe["class_mean"] == pytest.approx(100 * np.mean([*map(np.mean, right)]))
 
 
-def test_a_probe_killed_and_resumed_ends_with_the_same_bits(evaluated, monkeypatch, tmp_path):
+def test_a_probe_ended_by_a_signal_and_resumed_has_the_same_bits(evaluated, tmp_path):
     flags, output, _ = evaluated
-    write = eval_linear.write
-
-    def write_and_die(path, dump):
-        write(path, dump)
-        if torch.load(path, weights_only=True)["step"] == 10:  # of 20, 5 an epoch
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(eval_linear, "write", write_and_die)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            evaluate(patch, *flags, "--output_dir", tmp_path)
-    assert not (tmp_path / "results.json").exists() and probe_of(tmp_path)["step"] == 10
-    evaluate(monkeypatch, *flags, "--output_dir", tmp_path)
-    assert same(probe_of(tmp_path), probe_of(output))
-    assert results_of(tmp_path) | {"seconds": 0} == results_of(output) | {"seconds": 0}
+    world = 2 if "--cached" in flags else 1
+    flags = [*flags, "--batch_size_per_gpu", 16 // world]
+    results, classifier = resumed("Probe", flags, tmp_path, world)
+    alone, expected = results_of(output)
+    if world == 1:
+        assert same(classifier, expected) and results == alone
+    assert results["id"] == alone["id"] and results["knn"] == alone["knn"]
+    torch.testing.assert_close(classifier["weight"], expected["weight"], rtol=1e-3, atol=1e-4)
 
 
-def test_candidates_side_by_side_train_as_each_would_alone(base, monkeypatch, tmp_path):
+def test_candidates_side_by_side_train_as_each_would_alone(tmp_path):
     # The reference: a torch.optim.SGD with a group for each classifier, and CosineAnnealingLR.
-    flags = [*base, "--cached"]
-    evaluate(monkeypatch, *flags, "--output_dir", tmp_path)
-    state = probe_of(tmp_path)
-    args = eval_linear.parse_args([*flags, "--output_dir", str(tmp_path)])
-    model, _ = eval_linear.load_backbone(args.weights)
-    train, _ = eval_linear.find_data(Path(args.data_path))
-    images = eval_linear.Images(*train, lambda image: image[:, :, 4:36])
-    rows = [images[i] for i in range(90)]
-    z = eval_linear.encode(model, torch.stack([row[0] for row in rows]))
-    y = torch.tensor([row[1] for row in rows])
-    readable = [i for i in np.random.default_rng(3).permutation(90) if not rows[i][2]]
-    part = np.array(readable[9:])
-    assert len(readable) == 89
-    torch.manual_seed(eval_linear.seed_from(3))
-    initial = eval_linear.Probe(96, 4, 3)
-    kinds = {0: z[:, 288:384], 1: z[:, 288:480], 2: z[:, :384], 3: z}
-    chosen = [(kind, rate) for kind in kinds for rate in (0, 8, 12)]
-    heads, groups = [], []
-    for kind, rate in chosen:
-        head = nn.Linear(kinds[kind].shape[1], 3)
-        rows = slice(3 * rate, 3 * rate + 3)
-        head.weight.data.copy_(initial.heads[kind].weight[rows])
-        head.bias.data.copy_(initial.heads[kind].bias[rows])
-        heads.append(head)
-        lr = eval_linear.RATES[rate] * 16 / 256
-        groups.append({"params": list(head.parameters()), "lr": lr})
+    torch.manual_seed(0)
+    z, y = torch.randn(80, 5, 8), torch.randint(3, (80,))
+    args = SimpleNamespace(seed=3, epochs=4, batch_size=16, batch_size_per_gpu=16)
+    args.output_dir, probe = tmp_path, eval_linear.Probe(5, 8, 3)
+    initial, chosen, heads, groups = copy.deepcopy(probe), [], [], []
+    for kind, rows in enumerate((slice(3, 4), slice(3, 5), slice(4), slice(5))):
+        for rate in 0, 8, 12:
+            head, own = nn.Linear(z[0, rows].numel(), 3), slice(3 * rate, 3 * rate + 3)
+            head.weight.data.copy_(initial.heads[kind].weight[own])
+            head.bias.data.copy_(initial.heads[kind].bias[own])
+            groups.append({"params": [*head.parameters()], "lr": eval_linear.RATES[rate] / 16})
+            heads.append(head)
+            chosen.append((kind, rows, own))
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
-    for keys in eval_linear.block_keys(80, args, 0, 20):
-        index = torch.from_numpy(part[np.array(keys) % 80])
+    steps = [np.array(keys) % 80 for keys in eval_linear.micro_batches(80, args, 0)]
+    assert [sorted(np.concatenate(steps[i : i + 5])) for i in (0, 15)] == [[*range(80)]] * 2
+    for index in steps:
         optimizer.zero_grad()
-        for (kind, _), head in zip(chosen, heads):
-            F.cross_entropy(head(kinds[kind][index]), y[index]).backward()
+        for (_, rows, _), head in zip(chosen, heads):
+            F.cross_entropy(head(z[index][:, rows].flatten(1)), y[index]).backward()
         optimizer.step()
         schedule.step()
-    for (kind, rate), head in zip(chosen, heads):
-        ours = state["probe"][f"heads.{kind}.weight"][3 * rate : 3 * rate + 3]
-        moved = (head.weight - initial.heads[kind].weight[3 * rate : 3 * rate + 3]).norm()
-        assert moved > 0 and (ours - head.weight).norm() < 1e-3 * moved
+
+    def batches(batch_sampler):
+        return ((z[np.array(keys) % 80], y[np.array(keys) % 80]) for keys in batch_sampler)
+
+    with as_before():
+        eval_linear.fit(probe, eval_linear.RATES * 4, batches, 80, args, "x")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "saved: now it ends the run"
+    for (kind, _, own), head in zip(chosen, heads):
+        moved = (head.weight - initial.heads[kind].weight[own]).norm()
+        assert moved > 0 and (probe.heads[kind].weight[own] - head.weight).norm() < 1e-3 * moved
 
 
-@parametrize("evaluated", ["crops"], indirect=True)
-def test_two_processes_give_the_figures_of_one(evaluated, tmp_path):
-    flags, output, _ = evaluated
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
-    command += ["--master_addr", "127.0.0.1", "--master_port", free_port(), EVAL, *flags]
-    command += ["--batch_size_per_gpu", 8, "--output_dir", tmp_path]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    alone, shared = results_of(output), results_of(tmp_path)
-    assert shared["knn"] == alone["knn"] and shared["bad_images"] == 2
-    assert shared["run"] == alone["run"], "of the same global batch"
-    assert result.stdout.count("the best,") == 1
-    for a, b in zip(probe_of(output)["probe"].values(), probe_of(tmp_path)["probe"].values()):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    for name, (top1, _) in alone["probe"]["held_out"].items():
-        assert shared["probe"]["held_out"][name][0] == pytest.approx(top1, abs=12), "one of 9"
+def test_what_is_held_out_is_a_tenth_and_never_the_last_of_a_class():
+    order, labels = np.random.default_rng(0).permutation(100), np.arange(100) % 10
+    args = SimpleNamespace(seed=0, batch_size=1)
+    held, part = eval_linear.hold_out(labels[:, None].tolist(), args)
+    assert held.tolist() == order[:10].tolist() and part.tolist() == order[10:].tolist()
+    labels[order[:8]] = 10 + np.arange(8)  # alone in their classes
+    held, part = eval_linear.hold_out(labels[:, None].tolist(), args)
+    assert held.tolist() == order[8:18].tolist() and len(part) == 90
+    held, part = eval_linear.hold_out([{1}, {1}, set(), {1}, {1, 9}], args)  # order: 2 4 3 0 1
+    assert held.tolist() == [3] and part.tolist() == [4, 0, 1], "2 is void, 4 has the only 9"
+    for classes, batch in ([[i] for i in range(5)], 1), ([[1]] * 5, 5):
+        args.batch_size = batch
+        with pytest.raises(SystemExit, match="no probe"):
+            eval_linear.hold_out(classes, args)
 
 
 def test_diverged_candidates_do_not_win():
-    probe = eval_linear.Probe(4, 4, 10)
+    probe = eval_linear.Probe(5, 4, 10)
     with torch.no_grad():
         for head in probe.heads:
             head.weight[-10:] = math.nan
-    accuracies = eval_linear.probe_accuracies(probe, torch.randn(500, 20), torch.arange(500) % 10)
-    assert len(accuracies) == 52
-    assert all(accuracies[i][0] < 30 for i in range(52))
+    judged = eval_linear.judge(probe, torch.randn(500, 5, 4), torch.arange(500) % 10)
+    assert len(judged) == 52 and all(x["top1"] < 30 for x in judged)
+    assert [x["loss"] == 1e9 for x in judged] == [i % 13 == 12 for i in range(52)]
+    assert json.loads(json.dumps(judged, allow_nan=False)) == judged
 
 
-def test_without_epochs_there_is_k_nn_alone(base, monkeypatch, tmp_path, capsys):
-    evaluate(monkeypatch, *base, "--epochs", 0, "--output_dir", tmp_path)
-    assert "probe" not in results_of(tmp_path) and not (tmp_path / "probe.pth").exists()
-    assert "k = 200" in capsys.readouterr().out
+def test_results_of_several_settings_stand_beside_each_other(base, monkeypatch, tmp_path):
+    flags = [*base, "--cached", "--output_dir", tmp_path, "--epochs", 1]
+    for more in [], ["--seed", 4], ["--epochs", 0]:
+        printed = evaluate(*flags, *more)
+    assert "k = 200" in printed and "held-out" not in printed
+    results = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [x["run"]["seed"] for x in results] == [3, 4, 3] and "probe" not in results[2]
+    assert len({x["id"] for x in results}) == 3 and len([*tmp_path.iterdir()]) == 3
+
+    # A full disk costs this result; a damaged probe is left as it is
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before, flags = files_of(tmp_path), [*flags, "--seed", 5]
+    monkeypatch.setattr(os, "fsync", full)
+    assert "cannot write" in stopped(*flags, "--epochs", 0)
+    assert files_of(tmp_path) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(eval_linear, "judge", full)
+    stopped(*flags)
+    (probe,) = tmp_path.glob("probe-*.pth")
+    probe.write_bytes(b"damaged")
+    assert f"cannot resume {probe}" in stopped(*flags) and probe.read_bytes() == b"damaged"
 
 
-# ------------------------------------------------------------------------------------- the pictures
+def test_a_slow_probe_is_saved_every_15_minutes(base, monkeypatch, tmp_path):
+    steps, clock, write, losses = [], [], eval_linear.write, eval_linear.Probe.losses
+
+    def writing(path, dump):
+        write(path, dump)
+        if path.name.startswith("probe"):
+            steps.append(torch.load(path, weights_only=True)["step"])
+
+    monkeypatch.setattr(eval_linear, "write", writing)
+    monkeypatch.setattr(eval_linear.Probe, "losses", lambda *x: clock.append(1) or losses(*x))
+    monkeypatch.setattr(eval_linear, "time", SimpleNamespace(monotonic=lambda: 100 * len(clock)))
+    flags = ["--cached", "--batch_size_per_gpu", 2, "--epochs", 1, "--output_dir", tmp_path]
+    evaluate(*base, *flags)
+    assert steps == [10, 20, 30, 40]
 
 
-def test_pictures_have_a_row_an_image_and_are_never_written_over(
-    base, data, monkeypatch, tmp_path, capsys
-):
-    photo, out = data / "val" / "kind0" / "01.png", tmp_path / "out.png"
+def test_progress_is_shown_on_a_terminal_and_once_a_minute_elsewhere(monkeypatch, capsys):
+    clock = []
+    monkeypatch.setattr(eval_linear, "time", SimpleNamespace(monotonic=lambda: 7 * len(clock)))
+    for _ in eval_linear.progress(range(20), 20, "masks"):
+        clock.append(1)
+    assert capsys.readouterr().out == "masks 9/20 ETA 0:01:17\nmasks 18/20 ETA 0:00:14\n"
+    monkeypatch.setattr(eval_linear, "on_terminal", lambda: True)
+    assert [*eval_linear.progress("ab", 2, "masks")] == ["a", "b"]
+    clock.append(1)
+
+
+OTHER_WEIGHTS = """
+if script.PROCESS == 1:
+    sys.argv[sys.argv.index("--weights") + 1] += ".other"
+"""
+
+
+def test_processes_that_find_different_weights_end(base, tmp_path):
+    torch.save({"teacher": weights(2, 96) | {"norm.bias": torch.ones(96)}}, base[1] + ".other")
+    flags = [*base, "--epochs", 0, "--output_dir", tmp_path]
+    statuses, printed = ends(launch(eval_linear, *flags, world=2, code=OTHER_WEIGHTS))
+    assert 0 not in statuses and "different weights or images" in "".join(printed), printed
+    assert (tmp_path / "results.jsonl").read_text() == ""
+
+
+def test_pixels_are_normalised_as_the_weights_expect(base, tmp_path, monkeypatch):
+    seen, encode = [], eval_linear.encode
+    monkeypatch.setattr(eval_linear, "encode", lambda *x: seen.append(x) or encode(*x))
+    more = ["--epochs", 0, "--mean", 0.5, 0.5, 0.5, "--std", 0.25, 0.5, 0.5]
+    evaluate(*base, *more, "--output_dir", tmp_path)
+    (model, x), *_ = seen
+    expected = (x / 255 - 0.5) / torch.tensor([0.25, 0.5, 0.5]).view(3, 1, 1)
+    torch.testing.assert_close(model.normalize(x), expected)
+
+
+def test_the_centre_is_cut_as_torchvision_does_and_strips_in_little_memory():
+    sizes = SimpleNamespace(resize_size=256, crop_size=224)
+    for shape in (3, 300, 400), (3, 600, 310), (3, 20, 30):
+        image = torch.randint(0, 256, shape, dtype=torch.uint8)
+        resized = TF.resize(image, 256, TF.InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(eval_linear.center_crop(image, sizes), TF.center_crop(resized, 224))
+    strip = torch.zeros(3, 3, 40_000, dtype=torch.uint8)
+    assert eval_linear.center_crop(strip, sizes).shape == (3, 224, 224)
+
+
+# ------------------------------------------------------------ evaluation: features, pictures, export
+
+
+def test_features_of_any_folder_are_written_by_any_number_of_processes(base, data, tmp_path):
+    flags = [*base, "--data_path", f"{data}/val/", "--embed"]
+    printed = evaluate(*flags, tmp_path / "one.npz")
+    assert "(24, 96), CLS of the last block" in printed and "1 of 25 images" in printed
+    statuses, texts = ends(launch(eval_linear, *flags, tmp_path / "two.npz", world=2))
+    assert statuses == [0, 0], texts
+    one, two = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("one", "two"))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    names = [f"kind{i}/{j:02}.png" for i in range(3) for j in range(8)] + ["none.png"]
+    names.remove("kind2/03.png")  # it cannot be read
+    assert one["names"].tolist() == names
+    assert one["labels"].tolist() == [name[:5] for name in names[:-1]] + [""]
+    model, _ = eval_linear.load_backbone(base[1])
+    for i in 0, 20, 23:
+        image = eval_linear.load_image(data / "val" / names[i])
+        z = eval_linear.encode(model, eval_linear.center_crop(image, SIZES)[None])[0, -2]
+        torch.testing.assert_close(torch.from_numpy(one["features"][i]), z, rtol=1e-4, atol=1e-5)
+    assert "a new .npz" in stopped(*flags, tmp_path / "one.npz"), "never written over"
+    assert "folder that exists" in stopped(*flags, tmp_path / "none" / "x.npz")
+    (tmp_path / "empty").mkdir()
+    assert "no images" in stopped(*flags, tmp_path / "x.npz", "--data_path", tmp_path / "empty")
+
+
+def test_pictures_have_a_row_an_image_and_are_never_written_over(base, data, monkeypatch, tmp_path):
+    photo, out, batches = data / "val" / "kind0" / "01.png", tmp_path / "out.png", []
+    attention = eval_linear.VisionTransformer.get_last_selfattention
+    spy = lambda model, x: batches.append(len(x)) or attention(model, x)
+    monkeypatch.setattr(eval_linear.VisionTransformer, "get_last_selfattention", spy)
     before = photo.read_bytes()
     few = base[:2] + ["--resize_size", "64", "--crop_size", "64"]
-    evaluate(monkeypatch, *few, "--pictures", out, photo, photo)
-    assert Image.open(out).size == (5 * 172 - 4, 16 + 2 * 172 - 4)  # image, 3 heads, PCA
+    evaluate(*few, "--pictures", out, photo, photo)
+    assert batches == [1, 1], "memory for one image"
+    assert Image.open(out).size == (5 * 172 + 4, 2 * 172 + 4)  # image, 3 heads, PCA
     pixels = np.asarray(Image.open(out)).astype(int)
-    assert len(np.unique(pixels[20:180, 692:852].reshape(-1, 3), axis=0)) > 8, "of several colours"
-    rows = pixels[16:184], pixels[188:356]
-    assert np.array_equal(*rows), "the same image twice"
-    shown = pixels[16:184, :168].mean((0, 1))
+    assert len(np.unique(pixels[8:168, 696:856].reshape(-1, 3), axis=0)) > 8, "of several colours"
+    assert np.array_equal(pixels[4:172], pixels[176:344]), "the same image twice"
+    shown = pixels[4:172, 4:172].mean((0, 1))
     assert np.abs(shown - np.asarray(Image.open(photo)).mean((0, 1))).max() < 3
     for wrong in ([out, photo], [photo, photo], [tmp_path / "a.jpg", photo]):
-        message = stopped(evaluate, monkeypatch, *few, "--pictures", *wrong)
-        assert "first the name of a new .png file" in message
+        assert "give the name of a new .png file" in stopped(*few, "--pictures", *wrong)
     assert photo.read_bytes() == before
-    message = stopped(evaluate, monkeypatch, *few, "--pictures", tmp_path / "b.png", base[1])
-    assert "cannot read the image" in message and base[1] in message
-    evaluate(monkeypatch, *base, "--pictures", tmp_path / "val.png")
-    assert Image.open(tmp_path / "val.png").size[1] == 16 + 8 * 172 - 4
+    message = stopped(*few, "--pictures", tmp_path / "b.png", base[1])
+    assert base[1] in message and not (tmp_path / "b.png").exists()
+    assert "--pictures" in stopped(*few, "--pictures", tmp_path / "b.png")
+    nan = [*few, "--std", 0, 0, 0, "--pictures", tmp_path / "b.png", photo]
+    assert "not finite" in stopped(*nan)
+
+
+@parametrize("kind", ["v1", "v2", "no registers"])
+def test_timm_loads_an_exported_backbone_strictly_by_the_line_printed(tmp_path, kind):
+    pytest.importorskip("timm")
+    tensors = weights(1 if kind == "v1" else 2, 96)
+    if kind == "no registers":
+        tensors["register_tokens"] = tensors["register_tokens"][:, :0]
+    torch.save({"teacher": prefixed("backbone.", tensors)}, tmp_path / "w.pth")
+    out = tmp_path / "timm.pth"
+    line = evaluate("--weights", tmp_path / "w.pth", "--export", out).splitlines()[-1]
+    assert line.startswith("model = timm.") and "strict=True" in line
+    (tmp_path / "line.py").write_text("import timm, torch\n" + line)
+    names = runpy.run_path(tmp_path / "line.py")
+    model, _ = eval_linear.load_backbone(tmp_path / "w.pth")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.get_intermediate_layers(x)[0][:, 0]
+        torch.testing.assert_close(names["model"].eval()(x), expected, rtol=1e-5, atol=1e-4)
+    flags = ["--pretrained_weights", tmp_path / "w.pth", "--export"]
+    assert "a new .pth" in stopped(*flags, out), "never written over"
+    assert "a new .pth" in stopped(*flags, tmp_path / "x.safetensors")
+    again, _ = eval_linear.load_backbone(out)  # and back
+    torch.testing.assert_close(again.get_intermediate_layers(x)[0][:, 0], expected)
 
 
 # ----------------------------------------------------------------------------- when things go wrong
@@ -2634,79 +2739,65 @@ def test_pictures_have_a_row_an_image_and_are_never_written_over(
         (["--weights", "/nowhere.pth"], "/nowhere.pth"),
         (["--crop_size", "30"], "--crop_size 30 is not a multiple of the patch, 8"),
         (["--crop_size", "64"], "--resize_size 32 is smaller than --crop_size 64"),
-        (["--batch_size_per_gpu", "-1"], "--batch_size_per_gpu -1"),
-        (["--batch_size_per_gpu", "82"], "lower --batch_size_per_gpu"),
-        (["--epochs", "-1"], "--epochs -1"),
+        (["--batch_size_per_gpu", "-1"], "--batch_size_per_gpu"),
+        (["--batch_size_per_gpu", "82"], "see --batch_size_per_gpu"),
+        (["--epochs", "-1"], "--epochs"),
         (["--amp", "fp8"], "--amp"),
-        (["--num_heads", "5"], "--num_heads 5"),
+        (["--num_heads", "5"], "--num_heads"),
+        (["--checkpoint_key", "student"], "--checkpoint_key student"),
         (["--data_path", "/nowhere"], "/nowhere"),
         (["--data_path", ""], "--data_path"),
+        (["--segment", "--pictures", "x.png"], "not allowed with"),
         (["--no_such_flag", "1"], "--no_such_flag"),
     ],
 )
-def test_bad_arguments_of_the_evaluation_get_one_line(monkeypatch, base, tmp_path, flags, named):
-    output = tmp_path / "out"
-    assert named in stopped(evaluate, monkeypatch, *base, "--output_dir", output, *flags)
-    assert not output.exists()
+def test_bad_arguments_of_the_evaluation_get_one_line(base, tmp_path, flags, named):
+    assert named in stopped(*base, "--output_dir", tmp_path / "out", *flags)
 
 
-def test_folders_without_labels_or_images_get_one_line(monkeypatch, base, data, tmp_path):
-    flags = [*base, "--output_dir", tmp_path / "out", "--data_path"]
-    assert "nothing to judge in" in stopped(evaluate, monkeypatch, *flags, data / "train")
-    for folder in (tmp_path / "bad" / split / name for split in ("train", "val") for name in "ab"):
-        folder.mkdir(parents=True)
-        for i in range(20):
-            (folder / f"{i}.jpg").write_bytes(b"rubbish")
-    assert "can be read" in stopped(evaluate, monkeypatch, *flags, tmp_path / "bad")
+def test_folders_without_labels_or_images_get_one_line_and_test_is_judged(base, data, tmp_path):
+    flags = [*base, "--epochs", 0, "--output_dir", tmp_path / "out", "--data_path"]
+    assert "nothing to judge in" in stopped(*flags, data / "train")
+    copy = tmp_path / "copy"
+    for split, to in ("train", "train"), ("val", "valid"), ("val", "test"):
+        shutil.copytree(data / split, copy / to)
+    printed = evaluate(*flags, copy)
+    assert f"not used: valid in {copy}" in printed and f"k-NN on {copy}/test, top-1" in printed
+    assert results_of(tmp_path / "out")[0]["judged"] == f"{copy}/test"
+    for path in (copy / "test").glob("kind?/*.png"):
+        path.write_bytes(b"rubbish")  # one without a label can be read
+    assert "can be read" in stopped(*flags, copy)
 
 
-def test_results_and_probes_of_another_run_are_left_as_they_are(monkeypatch, base, tmp_path):
-    flags = [*base, "--cached", "--output_dir", tmp_path, "--epochs", 1]
-    evaluate(monkeypatch, *flags)
-    good, results = ((tmp_path / n).read_bytes() for n in ("probe.pth", "results.json"))
-    message = stopped(evaluate, monkeypatch, *flags, "--seed", 4)
-    assert "results.json" in message and "its seed is 3, not 4" in message
-    assert results == (tmp_path / "results.json").read_bytes()
-    (tmp_path / "results.json").unlink()
-    torch.save({"probe": Code(tmp_path / "mark")}, tmp_path / "hostile")
-    for content in (b"", good[:-20], (tmp_path / "hostile").read_bytes()):
-        (tmp_path / "probe.pth").write_bytes(content)
-        assert "cannot resume" in stopped(evaluate, monkeypatch, *flags)
-        assert (tmp_path / "probe.pth").read_bytes() == content
-    (tmp_path / "probe.pth").write_bytes(good)
-    assert "another run" in stopped(evaluate, monkeypatch, *flags, "--seed", 4)
-    assert "another run" in stopped(evaluate, monkeypatch, *flags, "--epochs", 0)
-    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == []
-    assert (tmp_path / "probe.pth").read_bytes() == good
-    assert not (tmp_path / "mark").exists()
-
-
-def test_features_that_are_not_finite_end_the_run(monkeypatch, base, streets, tmp_path):
+def test_features_that_are_not_finite_end_the_run(base, streets, tmp_path):
     tensors = weights(1, 96)
     tensors["norm.bias"][3] = math.nan
     torch.save(tensors, tmp_path / "nan.pth")
     flags = [*base, "--weights", tmp_path / "nan.pth", "--output_dir", tmp_path / "out"]
-    assert "not finite" in stopped(evaluate, monkeypatch, *flags)
+    assert "not finite" in stopped(*flags)
     flags = segmenting(["--weights", tmp_path / "nan.pth"], streets, tmp_path / "out")
-    assert "finite loss" in stopped(evaluate, monkeypatch, *flags)
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert "finite loss" in stopped(*flags)
+    assert (tmp_path / "out" / "results.jsonl").read_text() == ""
 
 
 # ------------------------------------------------------------------- evaluation: the segmentation
 
+IDS = np.array([0, 50, 200])  # of three classes
+
 
 @pytest.fixture(scope="module")
 def streets(tmp_path_factory):
-    """train/, val/ and masks of 3 classes that a patch's brightness tells; 9 is void."""
+    """train/, val/ and masks of 3 classes that a patch's brightness tells; 9 and 255 are void."""
     root = tmp_path_factory.mktemp("streets")
     for split, count in ("train", 24), ("val", 7):
         (root / split / "a").mkdir(parents=True)
         (root / f"{split}_masks" / "a").mkdir(parents=True)
         for i in range(count):
             rng = np.random.default_rng((split == "val", i))
-            mask = rng.integers(0, 3, (4, 6)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-            pixels = 40 + 80 * mask[..., None] + rng.normal(0, 9, (32, 48, 3))
-            mask[:2] = 9
+            kinds = rng.integers(0, 3, (4, 6)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+            pixels = 40 + 80 * kinds[..., None] + rng.normal(0, 9, (32, 48, 3))
+            mask = IDS[kinds].astype(np.uint8)
+            mask[0], mask[1] = 9, 255
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             image.save(root / split / "a" / f"{i}.jpg", quality=95)
             Image.fromarray(mask).save(root / f"{split}_masks" / "a" / f"{i}.png")
@@ -2714,63 +2805,60 @@ def streets(tmp_path_factory):
 
 
 def segmenting(base, streets, output, *flags):
-    flags = ["--segment", "--ignore_index", 9, "--epochs", 12, "--num_workers", 0, *flags]
-    flags += ["--batch_size_per_gpu", 4, "--saveckp_freq", 1]
+    flags = ["--epochs", 12, "--num_workers", 0, "--batch_size_per_gpu", 4, *flags]
+    flags = ["--segment", "--ignore_index", 9, 255, *flags]
     return [*base[:2], "--data_path", streets, "--output_dir", output, *flags]
 
 
-def test_segmentation_learns_what_patches_show_and_counts_it_right(
-    base, streets, monkeypatch, tmp_path, capsys
-):
-    evaluate(monkeypatch, *segmenting(base, streets, tmp_path))
-    results = results_of(tmp_path)["segmentation"]
-    assert results["miou"] > 60 and results["pixel_accuracy"] > 75 and len(results["iou"]) == 3
-    assert results["best_lr"] == float(
-        max(results["held_out_miou"], key=results["held_out_miou"].get)
-    )
-    assert Image.open(tmp_path / "segmentation.png").size == (3 * 48, 4 * 32)
-    assert "[32, 48]" in capsys.readouterr().out, "rectangles"
+@pytest.fixture(scope="module")
+def segmented(base, streets, tmp_path_factory):
+    output = tmp_path_factory.mktemp("segmented")
+    return output, evaluate(*segmenting(base, streets, output))
 
-    # Counted again, image by image, with sets of pixels
+
+def test_segmentation_learns_what_patches_show_and_counts_it_right(base, streets, segmented):
+    output, printed = segmented
+    results, classifier = results_of(output)
+    scores = results["segmentation"]
+    assert scores["miou"] > 60 and scores["pixel_accuracy"] > 75 and results["bad_images"] == 0
+    held_out = scores["held_out_miou"]
+    assert held_out[scores["best"]] == max(held_out.values()) and len(held_out) == 5
+    assert "masks are resized to 32 x 48" in printed and results["judged"] == f"{streets}/val"
+
+    # Counted again, image by image, with sets of pixels, by the classifier as the README says
     model, _ = eval_linear.load_backbone(base[1])
-    state = probe_of(tmp_path)["probe"]
-    probe = eval_linear.PatchProbe(96, 3)
-    probe.load_state_dict(state)
-    probe.eval()
-    best = eval_linear.PATCH_RATES.index(results["best_lr"])
-    inside, either, right, known = [0] * 3, [0] * 3, 0, 0
+    assert classifier["classes"] == IDS.tolist() and [*scores["iou"]] == ["0", "50", "200"]
+    inside, either, right, known = [0] * 3, [0] * 3, np.zeros(3), np.zeros(3)
     for i in range(7):
         x = eval_linear.load_image(streets / "val" / "a" / f"{i}.jpg")[None]
         true = np.array(Image.open(streets / "val_masks" / "a" / f"{i}.png"))
-        with torch.no_grad():
-            scores = probe(eval_linear.encode_patches(model, x))[best]
-            scores = F.interpolate(scores, (32, 48), mode="bilinear")[0]
-        given = scores.argmax(0).numpy()
-        valid = true != 9
-        right, known = right + (given == true)[valid].sum(), known + valid.sum()
-        for c in range(3):
-            inside[c] += ((given == c) & (true == c))[valid].sum()
-            either[c] += ((given == c) | (true == c))[valid].sum()
+        logits = eval_linear.encode_patches(model, x) @ classifier["weight"].T + classifier["bias"]
+        logits = F.interpolate(logits.permute(0, 3, 1, 2), (32, 48), mode="bilinear")[0]
+        given, valid = IDS[logits.argmax(0).numpy()], ~np.isin(true, [9, 255])
+        for c, number in enumerate(IDS):
+            inside[c] += ((given == number) & (true == number))[valid].sum()
+            either[c] += ((given == number) | (true == number))[valid].sum()
+            known[c] += (true == number)[valid].sum()
+    right = np.array(inside)
     iou = [100 * a / b for a, b in zip(inside, either)]
-    assert results["iou"] == pytest.approx(iou, abs=0.3)
-    assert results["miou"] == pytest.approx(np.mean(iou), abs=0.3)
-    assert results["pixel_accuracy"] == pytest.approx(100 * right / known, abs=0.3)
+    assert [*scores["iou"].values()] == pytest.approx(iou, abs=0.3)
+    assert scores["miou"] == pytest.approx(np.mean(iou), abs=0.3)
+    assert scores["pixel_accuracy"] == pytest.approx(100 * right.sum() / known.sum(), abs=0.3)
+    assert scores["class_mean"] == pytest.approx(100 * np.mean(right / known), abs=0.3)
 
 
-def test_a_slow_probe_is_saved_every_15_minutes(base, monkeypatch, tmp_path):
-    steps, clock, write, fake = [], [0.0], eval_linear.write, SimpleNamespace(**vars(time))
-    fake.monotonic = lambda: clock.__setitem__(0, clock[0] + 400) or clock[0]
-
-    def writing(path, dump):
-        write(path, dump)
-        if path.name == "probe.pth":
-            steps.append(torch.load(path, weights_only=True)["step"])
-
-    monkeypatch.setattr(eval_linear, "write", writing)
-    monkeypatch.setattr(eval_linear, "time", fake)
-    flags = ["--cached", "--batch_size_per_gpu", 2, "--epochs", 1, "--output_dir", tmp_path]
-    evaluate(monkeypatch, *base, *flags)
-    assert steps[-1] == 40 and {10, 20, 30} & set(steps), "40 steps are looked at every 10"
+@parametrize("world", [1, 2])
+def test_a_segmentation_ended_by_a_signal_and_resumed_has_the_same_bits(
+    base, streets, segmented, tmp_path, world
+):
+    flags = segmenting(base, streets, "unused", "--batch_size_per_gpu", 4 // world)
+    results, classifier = resumed("PatchProbe", flags, tmp_path, world)
+    alone, expected = results_of(segmented[0])
+    assert results["id"] == alone["id"]
+    if world == 1:
+        assert same(classifier, expected) and results == alone
+    iou = [*alone["segmentation"]["iou"].values()]
+    assert [*results["segmentation"]["iou"].values()] == pytest.approx(iou, abs=0.5)
 
 
 def test_constant_channels_of_patch_tokens_stay_finite():
@@ -2779,89 +2867,83 @@ def test_constant_channels_of_patch_tokens_stay_finite():
     assert probe.losses(z, torch.zeros(4, 40, 48, dtype=torch.long)).isfinite().all()
 
 
-def test_knn_of_fewer_images_than_processes(monkeypatch):
-    monkeypatch.setattr(eval_linear, "RANK", 3)
-    train, val = torch.randn(30, 4), torch.randn(2, 4)
-    bank, queries = (train, torch.arange(30) % 2), (val, torch.tensor([0, 1]))
-    assert set(eval_linear.knn_accuracies(bank, queries).values()) == {0.0}, "its share is empty"
-
-
 def test_segmentation_scores_of_a_matrix_worked_by_hand():
     counts = torch.tensor([[8.0, 2, 0, 0], [1, 4, 0, 0], [0, 0, 0, 0], [3, 0, 0, 0]]).double()
     scores = eval_linear.segmentation_scores(counts)
     assert scores["iou"] == [pytest.approx(100 * 8 / 14), pytest.approx(100 * 4 / 7), None, 0]
     assert scores["miou"] == pytest.approx(100 * (8 / 14 + 4 / 7) / 3)
     assert scores["pixel_accuracy"] == pytest.approx(100 * 12 / 18)
+    assert scores["class_mean"] == pytest.approx(100 * (8 / 10 + 4 / 5) / 3)
 
 
-def test_a_segmentation_killed_and_resumed_and_one_of_two_processes_are_the_same(
-    base, streets, monkeypatch, tmp_path
-):
-    evaluate(monkeypatch, *segmenting(base, streets, tmp_path / "whole"))
-    write = eval_linear.write
-
-    def write_and_die(path, dump):
-        write(path, dump)
-        if path.suffix == ".pth" and torch.load(path, weights_only=True)["step"] == 15:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(eval_linear, "write", write_and_die)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            evaluate(patch, *segmenting(base, streets, tmp_path / "killed"))
-    evaluate(monkeypatch, *segmenting(base, streets, tmp_path / "killed"))
-    assert same(probe_of(tmp_path / "killed"), probe_of(tmp_path / "whole"))
-
-    flags = segmenting(base, streets, tmp_path / "two")
-    flags[flags.index("--batch_size_per_gpu") + 1] = 2
-    statuses, outputs = ends(launch(eval_linear, *flags, world=2))
-    assert statuses == [0, 0], outputs
-    alone = results_of(tmp_path / "whole")
-    shared = results_of(tmp_path / "two")
-    assert shared["run"] == alone["run"]
-    assert shared["segmentation"]["iou"] == pytest.approx(alone["segmentation"]["iou"], abs=0.5)
-    one, two = probe_of(tmp_path / "whole")["probe"], probe_of(tmp_path / "two")["probe"]
-    for a, b in zip(one.values(), two.values()):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-def palette_mask(value, path):
+def palette_mask(value, path, exif=None):
     mask = Image.fromarray(np.full((32, 48), value, dtype=np.uint8))
     mask.putpalette(list(range(255, -1, -1)) * 3)
-    mask.save(path)
+    mask.save(path, **({"exif": exif} if exif else {}))
     assert Image.open(path).mode == "P"
 
 
-def test_data_that_cannot_be_segmented_get_one_line(base, streets, monkeypatch, tmp_path):
+def test_data_that_cannot_be_segmented_get_one_line(base, streets, tmp_path):
     def message(root, *flags):
-        return stopped(evaluate, monkeypatch, *segmenting(base, root, tmp_path / "out", *flags))
+        return stopped(*segmenting(base, root, tmp_path / "out", *flags))
 
     assert "multiples of the patch, 8" in message(streets, "--segment", 30, 48)
     assert "two, H and W" in message(streets, "--segment", 32)
-    assert "cannot list" in message(tmp_path)
+    assert "No such file" in message(tmp_path)
+    (tmp_path / "links").mkdir()
+    for name in "train", "val", "train_masks", "val_masks":
+        (tmp_path / "links" / name).symlink_to(streets / name.replace("val", "train"))
+    assert "share images" in message(tmp_path / "links")
     copy = tmp_path / "copy"
     shutil.copytree(streets, copy)
-    mask = copy / "train_masks" / "a" / "3.png"
-    mask.unlink()
-    assert "1 without a mask" in message(copy) and str(mask) in message(copy)
-    Image.new("RGB", (48, 32)).save(mask)
-    assert "has colours" in message(copy)
-    mask.write_bytes(b"no mask")
+    masks, photo = copy / "train_masks" / "a", copy / "train" / "a" / "3.jpg"
+    (masks / "3.png").unlink()
+    assert "No such file" in message(copy) and "a/3.png" in message(copy)
+    for mask, named in [
+        (Image.new("RGB", (48, 32)), "has colours"),
+        (Image.new("L", (24, 16), 50), f"{photo}' is (32, 48) pixels, its mask (16, 24)"),
+        (Image.new("L", (32, 48), 50), "its mask (48, 32)"),
+    ]:
+        mask.save(masks / "3.png")
+        assert named in message(copy)
+    (masks / "3.png").write_bytes(b"no mask")
     assert "3.png" in message(copy)
-    Image.new("L", (24, 16), 2).save(mask)  # of another size, and a palette: they work
-    palette_mask(4, copy / "val_masks" / "a" / "2.png")
-    assert "goes to class 4, train_masks/ to 2" in message(copy)
+
+    # Image and mask are turned upright, each by its own EXIF data
+    exif = Image.Exif()
+    exif[274] = 6
+    palette_mask(50, masks / "3.png", exif)
+    assert "its mask (48, 32)" in message(copy)
+    Image.open(photo).save(photo, exif=exif)
     palette_mask(1, copy / "val_masks" / "a" / "2.png")
-    (copy / "val" / "a" / "5.jpg").write_bytes(b"no image")
-    evaluate(monkeypatch, *segmenting(base, copy, tmp_path / "works", "--epochs", 1))
-    assert results_of(tmp_path / "works")["segmentation"]["pixel_accuracy"] > 0
-    palette_mask(2, copy / "val_masks" / "a" / "2.png")
-    flags = segmenting(base, copy, tmp_path / "works", "--epochs", 1)
-    assert "its masks" in stopped(evaluate, monkeypatch, *flags), "other masks are another run"
+    assert "val [0, 1, 50, 200]; [9, 255] are none" in message(copy)
+
+    # Unreadable images are in no part, and counted; a class that only they have is none
+    palette_mask(50, copy / "val_masks" / "a" / "2.png")
+    for photo in "train/a/4.jpg", "train/a/5.jpg", "val/a/5.jpg":
+        (copy / photo).write_bytes(b"no image")
+    palette_mask(77, masks / "4.png")
+    printed = evaluate(*segmenting(base, copy, tmp_path / "works", "--epochs", 1))
+    results, classifier = results_of(tmp_path / "works")
+    assert results["segmentation"]["pixel_accuracy"] > 0 and results["bad_images"] == 3
+    assert "2 of 24 images" in printed and "22 training images, 6 to judge by, 3 classes" in printed
+    assert classifier["classes"] == IDS.tolist()
+
     for path in (copy / "val_masks" / "a").iterdir():
-        palette_mask(9, path)
-    assert "class -1" in message(copy), "nothing but void"
-    assert "--pictures" in message(copy, "--pictures", "x.png")
+        palette_mask(255, path)
+    assert "val []; [9, 255] are none" in message(copy)
+    for path in chain(masks.iterdir(), (copy / "val_masks" / "a").iterdir()):
+        palette_mask(255 * (path.stem > "3"), path)
+    shutil.copy(masks / "2.png", masks / "3.png")
+    Image.new("L", (32, 48), 0).save(masks / "3.png")
+    assert "train [0], val [0]; [9, 255] are none" in message(copy)
+
+
+@parametrize("bits", [1, 2, 4, 8, 16])
+def test_masks_of_any_depth_hold_their_numbers(tmp_path, bits):
+    expected = np.arange(32).reshape(2, 16) % 2 ** min(bits, 5) * (300 if bits == 16 else 1)
+    write_png(tmp_path / "mask.png", expected, bits)
+    assert np.array_equal(eval_linear.load_mask(tmp_path / "mask.png"), expected)
 
 
 # ----------------------------------------------------------------------------------- the README
@@ -2873,7 +2955,7 @@ BLOCKS_OF_README = re.findall(
 
 
 @parametrize("number", range(len(BLOCKS_OF_README)))
-def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path, number):
+def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path, capsys, number):
     text, folder = BLOCKS_OF_README[number], Path(simdino.__file__).parent
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(folder)
@@ -2882,11 +2964,15 @@ def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path, number):
         Path("output_simdino").mkdir()
         entry = {"train_comp_loss": 0.5, "train_expa_loss": 0.1, "rank": 3.0}
         Path("output_simdino/log.txt").write_text(2 * (json.dumps(entry) + "\n"))
+    if "photos.npz" in text:
+        features = np.array([[3.0, 0], [0, 1], [1, 1], [2, 1]])
+        np.savez("photos.npz", features=features, names=["a", "b", "c", "d"], labels=[""] * 4)
     if "CIFAR10" in text:
         images = [(Image.new("RGB", (32, 32)), label) for label in (3, 5, 3)]
         monkeypatch.setattr(datasets, "CIFAR10", lambda root, train, download: images[train:])
     Path("snippet.py").write_text(text)
     names = runpy.run_path("snippet.py")
+    assert "photos.npz" not in text or "['a' 'd' 'c' 'b']" in capsys.readouterr().out
     assert "loss" not in names or names["loss"].requires_grad
     assert "savefig" not in text or Path("log.png").stat().st_size > 1000
     if "CIFAR10" in text:

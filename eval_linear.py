@@ -17,7 +17,7 @@ train/; only this one is tried on val/. --cached trains them on the features of 
 image: one pass of the backbone instead of 101. On 5,000 images of CIFAR-10 (vit_nano, 30 epochs,
 2,000 test images) --cached gave 38.2 % in 10 seconds, random crops 38.1 % in 9 minutes.
 
-Each run adds a line to results.jsonl, and writes the chosen classifier to classifier-ID.pth.
+Each run writes results-ID.json, and classifier-ID.pth, the chosen one, which says how it is used.
 Section 1 is what is computed: features, k-NN, probe, segmentation. Section 2 is the program: the
 options, and what each of the commands does. Section 3 holds the helpers that both use.
 k-NN and probe: "Emerging Properties", Caron et al., arXiv 2104.14294; the grid of classifiers:
@@ -203,19 +203,21 @@ def accuracies(hits, counts):
 
 @torch.no_grad()
 def knn_accuracies(train, val, neighbours=(10, 20, 100, 200), temperature=0.07):
-    """{k: [top-1, mean of the classes' accuracies]} on val in %, for k neighbours in train.
+    """{k: [top-1, mean of the classes' accuracies]} on val in %, for k neighbours in train, which
+    are all of it at most.
 
     They vote with exp(cosine / temperature). train, val: features (n, D), labels (n,), -1 for none,
     the same on all processes; each judges its share of val.
     """
     (bank, labels), keep, classes = train, val[1] >= 0, 1 + int(torch.cat([train[1], val[1]]).max())
-    k = min(max(neighbours), int((labels >= 0).sum()))
+    neighbours = sorted({min(k, int((labels >= 0).sum())) for k in neighbours})
     hits = torch.zeros(len(neighbours), classes, device=bank.device)
     for z, y in zip(*(column[keep][PROCESS::WORLD].split(256) for column in val)):
         z = F.normalize(z.float(), dim=-1)
         # In parts, so that there is never a float32 copy of the whole bank
         cosine = [z @ F.normalize(part.float(), dim=-1).mT for part in bank.split(2**16)]
-        nearest, at = torch.cat(cosine, dim=1).masked_fill_(labels < 0, -math.inf).topk(k)
+        cosine = torch.cat(cosine, dim=1).masked_fill_(labels < 0, -math.inf)
+        nearest, at = cosine.topk(neighbours[-1])
         weight = (nearest / temperature).exp()
         for i, number in enumerate(neighbours):
             votes = torch.zeros(len(z), classes, device=z.device)
@@ -305,7 +307,7 @@ def hold_out(classes, args):
 
 @torch.no_grad()
 def as_matrix(probe, scores, width):
-    """A candidate, for use elsewhere: scores(z) = z @ weight.T + bias, for features z (B, width)."""
+    """A candidate for use elsewhere: scores(z) = z @ weight.T + bias, for features z (B, width)."""
     eye = torch.eye(width, device=next(probe.parameters()).device)
     bias, *weight = (scores(z).cpu() for z in (0 * eye[:1], *eye.split(256)))
     return {"weight": (torch.cat(weight) - bias).T.contiguous(), "bias": bias[0]}
@@ -357,12 +359,16 @@ def confusions(probe, features_of, scenes, args):
     own, batch, n = range(PROCESS, len(scenes), WORLD), args.batch_size_per_gpu, len(scenes.classes)
     counts = torch.zeros(len(PATCH_RATES), n, n, dtype=torch.double, device=probe.moments.device)
     batches = features_of(scenes, sampler=own, batch_size=batch)
-    for z, y, _ in progress(batches, math.ceil(len(own) / batch), "judging: batch"):
+    for z, y, problems in progress(batches, math.ceil(len(own) / batch), "judging: batch"):
+        if any(problems):
+            sys.exit(f"it could be read before: {max(problems)}")
         for count, scores in zip(counts, probe(z.float())):
             given = upsample(scores, y.shape[1:]).argmax(1)
             count += torch.bincount((n * y + given)[y >= 0], minlength=n * n).view(n, n)
     if WORLD > 1:
         dist.all_reduce(counts)
+    if not counts.any():
+        sys.exit("no pixel to judge by has a class: give a larger --segment H W, or another --seed")
     return counts
 
 
@@ -436,7 +442,7 @@ def parse_args(argv=None):
     add("--segment", text, nargs="*", type=size["type"], metavar=("H", "W"), to=modes)
     text = "write features (CLS token of the last block), names and labels of all images below DIR"
     add("--embed", text, metavar="OUT.npz", to=modes)
-    text = "draw attention and features of images"
+    text = "draw attention and features of images [the first 8 below DIR]"
     add("--pictures", text, nargs="+", metavar=("OUT.png", "IMAGE"), to=modes)
     text = "write the backbone as timm loads it, with strict=True"
     add("--export", text, metavar="OUT.pth", to=modes)
@@ -444,10 +450,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resize_size < args.crop_size and args.segment is None:
         sys.exit(f"--resize_size {args.resize_size} is smaller than --crop_size {args.crop_size}")
-    if not (args.data_path or args.export or args.pictures):
+    if not (args.data_path or args.export or len(args.pictures or []) > 1):
         sys.exit("--data_path is needed: train/ and val/ or test/; for --embed, any folder")
-    if len(args.pictures or "ab") < 2:
-        sys.exit("--pictures needs two names or more: OUT.png IMAGE...")
     if args.segment is not None and (len(args.segment) not in (0, 2) or not args.epochs):
         sys.exit("--segment takes no number or two, H and W, and at least one of --epochs")
     args.batch_size_per_gpu = args.batch_size_per_gpu or (128 if args.segment is None else 8)
@@ -506,17 +510,18 @@ def main():
     else:
         output = Path(args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        path = output / "results.jsonl"
-        path.touch()  # a folder that cannot be written is known at the start
+        if not os.access(output, os.W_OK):  # known at the start
+            sys.exit(f"cannot write to {output}")
         results = segment(args, features_of, model) if segmenting else classify(args, features_of)
+        results |= {"weights": args.weights, "seconds": time.monotonic() - begun}
+        classifier, run_id = results.pop("classifier", None), results["id"]
+        text = json.dumps(results, indent=2) + "\n"
         if PROCESS == 0:
-            if classifier := results.pop("classifier", None):
-                write(output / f"classifier-{results['id']}.pth", partial(torch.save, classifier))
-            results |= {"weights": args.weights, "seconds": time.monotonic() - begun}
-            text = path.read_text() + json.dumps(results) + "\n"
-            write(path, lambda file: file.write(text.encode()))
-            (output / f"probe-{results['id']}.pth").unlink(missing_ok=True)
-            say(f"{path}: added {results['id']}")
+            if classifier:
+                write(output / f"classifier-{run_id}.pth", partial(torch.save, classifier))
+            write(output / f"results-{run_id}.json", lambda file: file.write(text.encode()))
+            (output / f"probe-{run_id}.pth").unlink(missing_ok=True)
+            say(f"written: {output}/results-{run_id}.json" + ", classifier" * bool(classifier))
     if WORLD > 1:
         time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
@@ -530,6 +535,7 @@ def identify_run(args, classes, *splits):
         images[0]  # raises if no image can be read
     contents = [Path(args.weights).read_bytes(), *(b"\0".join(images.names) for images in splits)]
     run = {name: value for name, value in vars(args).items() if name not in FREE}
+    run["data_path"] = os.path.realpath(args.data_path)
     run |= {"sha256": [hashlib.sha256(x).hexdigest()[:16] for x in contents], "classes": classes}
     run_id = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:8]
     if len({*all_gather(run_id)}) > 1:
@@ -572,6 +578,7 @@ def fit(probe, rates, batches, n, args, run_id):
         except Exception as error:  # there is no end to what a damaged file may make it raise
             raise SystemExit(f"cannot resume {path}: move it away") from error
         say(f"resumed {path} at step {done}")
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     caught, saved = catch_signals(), time.monotonic()
     data = batches(batch_sampler=micro_batches(n, args, done))
     for z, y, *_ in progress(data, total - done, "training the probe: step"):
@@ -600,12 +607,13 @@ def fit(probe, rates, batches, n, args, run_id):
         if number:
             say(f"{signal.Signals(number).name}: saved {path} at step {done}; rerun to resume")
             os._exit(128 + number)
-    for number in signal.SIGINT, signal.SIGTERM:  # all is saved: from here on, they end the run
-        signal.signal(number, signal.SIG_DFL)
+    for number, handler in before.items():  # all is saved: a signal may end the run as before
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
 
 
 def classify(args, features_of):
-    """k-NN and the linear probe. -> what results.jsonl says of them."""
+    """k-NN and the linear probe. -> what results-ID.json says of them."""
     splits, images = find_data(Path(args.data_path)), []
     if len(splits) < 2:
         sys.exit(f"nothing to judge in {args.data_path}")
@@ -659,12 +667,15 @@ def classify(args, features_of):
     held_out = dict(zip(candidates, held_out))
     results["probe"] = {"held_out": held_out, "best": candidates[best], **figures}
     chosen = as_matrix(probe, lambda z: probe(z.view(-1, *val.shape[1:]))[:, best], val[0].numel())
-    return results | {"classifier": chosen | {"classes": classes}}
+    chosen |= {"classes": classes, "features": "encode(model, uint8 images).flatten(1)"}
+    return results | {"classifier": chosen}
 
 
 def segment(args, features_of, model):
-    """--segment: the linear probe of patch tokens. -> what results.jsonl says of it."""
+    """--segment: the linear probe of patch tokens. -> what results-ID.json says of it."""
     root, patch, void = Path(args.data_path), model.patch_size, {*args.ignore_index}
+    if any(side % patch for side in args.segment):
+        sys.exit(f"--segment {args.segment}: give multiples of the patch, {patch}")
     folders = root / "train", root / ("val" if (root / "val").is_dir() else "test")
     scenes = (find_scenes(folder, void) for folder in folders)
     (paths, masks, classes_in, bad), (*val, val_classes_in, val_bad) = scenes
@@ -675,9 +686,7 @@ def segment(args, features_of, model):
     if {*map(os.path.realpath, paths)} & {*map(os.path.realpath, val[0])}:
         sys.exit(f"{folders[0]} and {folders[1]} share images")
     classes = sorted(classes)
-    size = args.segment or [side // patch * patch for side in load_mask(masks[0]).shape]
-    if any(side % patch for side in size) or min(size) == 0:
-        sys.exit(f"--segment {size[0]} {size[1]}: give multiples of the patch, {patch}")
+    size = args.segment or [max(1, side // patch) * patch for side in load_mask(masks[0]).shape]
     held, part = hold_out(classes_in, args)
     scenes = partial(Scenes, size=size, classes=classes, seed=args.seed)
     train = scenes(paths[part], masks[part], flip=True)
@@ -697,13 +706,15 @@ def segment(args, features_of, model):
     figures["iou"] = dict(zip(classes, figures["iou"]))
     iou = ", ".join(f"{k}: {'-' if x is None else f'{x:.1f}'}" for k, x in figures["iou"].items())
     held_out = {f"lr {rate:g}": miou for rate, miou in zip(PATCH_RATES, held_out)}
-    say(f"probe, mIoU on {len(held)} held-out images: {held_out}")
+    text = ", ".join(f"{name}: {miou:.2f}" for name, miou in held_out.items())
+    say(f"probes, mIoU in % on {len(held)} held-out images: {text}")
     text = "mIoU {miou:.2f}, pixels {pixel_accuracy:.2f}, mean of the classes {class_mean:.2f} %"
     say(f"the best on {folders[1]}: {text.format(**figures)}; IoU of each class: {iou}")
     results |= {"judged": str(folders[1]), "bad_images": bad + val_bad}
     results["segmentation"] = {"held_out_miou": held_out, "best": [*held_out][best], **figures}
     chosen = as_matrix(probe, lambda z: probe(z[:, None, None])[best].flatten(1), model.width)
-    return results | {"classifier": chosen | {"classes": classes}}
+    chosen |= {"classes": classes, "features": "encode_patches(model, uint8 images)"}
+    return results | {"classifier": chosen}
 
 
 def embed(args, features_of):
@@ -731,6 +742,9 @@ def draw(args, model, tile=168):
     patch features of all images."""
     out, *paths = args.pictures
     out, shown, attention, patches = new_file(out, ".png"), [], [], []
+    if not paths:
+        root = Path(args.data_path)
+        paths = [root / os.fsdecode(name) for name in find_images(root)[0][:8]]
     for path in paths:
         shown.append(center_crop(load_image(path), args))
         x = model.normalize(shown[-1][None])
@@ -738,7 +752,7 @@ def draw(args, model, tile=168):
         patches.append(model.get_intermediate_layers(x)[0][0, model.first_patch :].cpu())
     attention, patches = torch.stack(attention), torch.stack(patches)  # (n, heads, N), (n, N, D)
     if not patches.isfinite().all():
-        sys.exit("the features are not finite: give other --weights")
+        sys.exit("the features are not finite: see --std, --weights")
     centred = (patches - patches.mean((0, 1))).flatten(0, 1).double()
     components = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].mT
     low, high = components.quantile(torch.tensor([0.01, 0.99]).double(), dim=0)
@@ -987,7 +1001,7 @@ def extract(features_of, images, args):
     """Of all images, on all processes: features (n, 5, D), or (n, 1, D), the CLS token of the last
     block, where there is no probe; labels (n,), -1 where an image could not be read; how many."""
     n, share, batch = len(images), math.ceil(len(images) / WORLD), args.batch_size_per_gpu
-    features, unread, done = None, [], PROCESS * share
+    features, unread, done = None, {}, PROCESS * share
     chosen = [i % n for i in range(done, done + share)]  # the surplus is cut below
     batches = features_of(images, batch_size=batch, sampler=chosen)
     for z, _, problems in progress(batches, math.ceil(share / batch), f"{images.root}: batch"):
@@ -995,17 +1009,16 @@ def extract(features_of, images, args):
         if features is None:
             features = z.new_empty(WORLD * share, *z.shape[1:])
         features[done : done + len(z)] = z
-        unread += [((done + i) % n, problem) for i, problem in enumerate(problems) if problem]
+        unread |= {(done + i) % n: problem for i, problem in enumerate(problems) if problem}
         done += len(z)
     for process, rows in enumerate(features.split(share) if WORLD > 1 else []):
         dist.broadcast(rows, process)
     features, labels = features[:n], torch.tensor(images.labels, device=features.device)
     if not torch.stack(features.aminmax()).isfinite().all():  # makes no copy; NaN shows as well
-        sys.exit("the features are not finite: try --amp off, or other --weights")
-    unread = [*chain(*all_gather(unread))]
-    labels[[i for i, _ in unread]] = -1
-    problems = [problem for _, problem in unread]
-    return features, labels, report_unread(problems, n, images.root)
+        sys.exit("the features are not finite: see --amp, --std, --weights")
+    unread = dict(chain(*(some.items() for some in all_gather(unread))))
+    labels[[*unread]] = -1
+    return features, labels, report_unread([*unread.values()], n, images.root)
 
 
 def report_unread(problems, n, root):
@@ -1188,9 +1201,11 @@ def write(path, dump):
             file.flush()
             os.fsync(file.fileno())
         partial_path.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save's has the disk's as context
+    except Exception as error:  # the disk's error is the first of those that follow from it
         partial_path.unlink(missing_ok=True)
-        sys.exit(f"cannot write {path}: {error.__context__ or error}")
+        while error.__context__:
+            error = error.__context__
+        raise SystemExit(f"cannot write {path}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -520,8 +520,9 @@ def main():
             if classifier:
                 write(output / f"classifier-{run_id}.pth", partial(torch.save, classifier))
             write(output / f"results-{run_id}.json", lambda file: file.write(text.encode()))
-            (output / f"probe-{run_id}.pth").unlink(missing_ok=True)
-            say(f"written: {output}/results-{run_id}.json" + ", classifier" * bool(classifier))
+            for probe in output.glob(f"probe-{run_id}-*.pth"):
+                probe.unlink()
+            say(f"written to {output}: the result, and the probe if there is one, {run_id}")
     if WORLD > 1:
         time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
@@ -561,10 +562,10 @@ def fit(probe, rates, batches, n, args, run_id):
     """Train all candidates of the probe by SGD, for args.epochs passes over n images.
 
     batches(batch_sampler=...) yields features, labels, ...; probe.losses(features, labels) is one
-    loss a candidate. Saved every 15 minutes, at a signal and at the end to probe-ID.pth; if this
+    loss a candidate. Saved every 15 minutes, at a signal and at the end to probe-ID-n.pth; if this
     file exists, training goes on from it.
     """
-    path, done = Path(args.output_dir, f"probe-{run_id}.pth"), 0
+    path, done = Path(args.output_dir, f"probe-{run_id}-{n}.pth"), 0
     total = args.epochs * (n // args.batch_size)
     rates = torch.tensor(rates, device=next(probe.parameters()).device)
     factors = cosine_schedule(args.batch_size / 256, 0.0, total).tolist()

@@ -2589,6 +2589,14 @@ def test_results_of_several_settings_stand_beside_each_other(base, monkeypatch, 
     probe.write_bytes(b"damaged")
     assert f"cannot resume {probe}" in stopped(*flags) and probe.read_bytes() == b"damaged"
 
+    # Where another image has become unreadable, the probe of the others is not gone on with
+    def read(path, load=eval_linear.load_image):
+        return load(path.replace("train/kind0/05", "gone"))
+
+    monkeypatch.undo()
+    monkeypatch.setattr(eval_linear, "load_image", read)
+    assert "resumed" not in evaluate(*flags) and not [*tmp_path.glob("probe-*")]
+
 
 def test_a_slow_probe_is_saved_every_15_minutes(base, monkeypatch, tmp_path):
     steps, clock, write, losses = [], [], eval_linear.write, eval_linear.Probe.losses

@@ -2384,25 +2384,22 @@ def results_of(folder):
     return results | {"seconds": 0}, *loaded
 
 
-SIGNALLED = """
-losses, taken = script.PROBE.losses, []
-def signalled(*arguments):
-    taken.append(1)
-    if len(taken) == 7 and script.PROCESS == script.WORLD - 1:
-        os.kill(os.getpid(), script.signal.SIGTERM)
-    return losses(*arguments)
-script.PROBE.losses = signalled
-"""
+def resumed(monkeypatch, probe, flags, output):
+    """Results of a run that a signal ended while the probe was trained, and that went on."""
+    losses, taken, flags = probe.losses, [], [*flags, "--output_dir", output]
 
+    def signalled(*arguments):
+        taken.append(1)
+        if len(taken) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return losses(*arguments)
 
-def resumed(probe, flags, output, world):
-    """A run that a signal ends while the probe is trained, and that goes on; -> its results."""
-    flags, code = [*flags, "--output_dir", output], SIGNALLED.replace("PROBE", probe)
-    statuses, printed = ends(launch(eval_linear, *flags, world=world, code=code))
-    assert statuses == [128 + signal.SIGTERM] * world, printed
-    assert "".join(printed).count("; rerun to resume") == 1
-    statuses, printed = ends(launch(eval_linear, *flags, world=world))
-    assert statuses == [0] * world and "".join(printed).count("resumed") == 1, printed
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(probe, "losses", signalled)
+        patch.setattr(os, "_exit", sys.exit)
+        evaluate(*flags)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert " at step 7\n" in evaluate(*flags)
     return results_of(output)
 
 
@@ -2491,14 +2488,34 @@ def test_the_probe_learns_and_is_chosen_on_held_out_images_not_on_val(evaluated,
     assert probe["class_mean"] == pytest.approx(100 * np.mean([*map(np.mean, right)]))
 
 
-def test_a_probe_ended_by_a_signal_and_resumed_has_the_same_bits(evaluated, tmp_path):
+def test_a_probe_ended_by_a_signal_and_resumed_has_the_same_bits(evaluated, monkeypatch, tmp_path):
     flags, output, _ = evaluated
-    world = 2 if "--cached" in flags else 1
-    flags = [*flags, "--batch_size_per_gpu", 16 // world]
-    results, classifier = resumed("Probe", flags, tmp_path, world)
+    results, classifier = resumed(monkeypatch, eval_linear.Probe, flags, tmp_path)
     alone, expected = results_of(output)
-    if world == 1:
-        assert same(classifier, expected) and results == alone
+    assert same(classifier, expected) and results == alone
+
+
+SIGNALLED = """
+losses, taken = script.Probe.losses, []
+def signalled(*arguments):
+    taken.append(1)
+    if len(taken) == 7 and script.PROCESS == 1:
+        os.kill(os.getpid(), script.signal.SIGTERM)
+    return losses(*arguments)
+script.Probe.losses = signalled
+"""
+
+
+@parametrize("evaluated", ["crops"], indirect=True)
+def test_two_processes_end_by_a_signal_go_on_and_judge_as_one(evaluated, tmp_path):
+    flags, output, _ = evaluated
+    flags = [*flags, "--batch_size_per_gpu", 8, "--output_dir", tmp_path]
+    statuses, printed = ends(launch(eval_linear, *flags, world=2, code=SIGNALLED))
+    assert statuses == [128 + signal.SIGTERM] * 2, printed
+    assert "".join(printed).count("; rerun to resume") == 1
+    statuses, printed = ends(launch(eval_linear, *flags, world=2))
+    assert statuses == [0, 0] and "".join(printed).count("resumed") == 1, printed
+    (results, classifier), (alone, expected) = results_of(tmp_path), results_of(output)
     assert results["id"] == alone["id"] and results["knn"] == alone["knn"]
     torch.testing.assert_close(classifier["weight"], expected["weight"], rtol=1e-3, atol=1e-4)
 
@@ -2865,9 +2882,10 @@ def test_segmentation_learns_what_patches_show_and_counts_it_right(base, streets
 
 
 def test_a_segmentation_ended_by_a_signal_and_resumed_has_the_same_bits(
-    base, streets, segmented, tmp_path
+    base, streets, segmented, monkeypatch, tmp_path
 ):
-    results, classifier = resumed("PatchProbe", segmenting(base, streets, "-"), tmp_path, 1)
+    flags = segmenting(base, streets, "-")
+    results, classifier = resumed(monkeypatch, eval_linear.PatchProbe, flags, tmp_path)
     alone, expected = results_of(segmented[0])
     assert same(classifier, expected) and results == alone
 

@@ -203,13 +203,13 @@ def accuracies(hits, counts):
 
 @torch.no_grad()
 def knn_accuracies(train, val, neighbours=(10, 20, 100, 200), temperature=0.07):
-    """{k: [top-1, mean of the classes' accuracies]} on val in %, for k neighbours in train, which
-    are all of it at most.
+    """{k: [top-1, mean of the classes' accuracies]} on val in %, for k neighbours, or all of train.
 
     They vote with exp(cosine / temperature). train, val: features (n, D), labels (n,), -1 for none,
     the same on all processes; each judges its share of val.
     """
-    (bank, labels), keep, classes = train, val[1] >= 0, 1 + int(torch.cat([train[1], val[1]]).max())
+    (bank, labels), keep = train, val[1] >= 0
+    classes = 1 + int(torch.cat([labels, val[1]]).max())
     neighbours = sorted({min(k, int((labels >= 0).sum())) for k in neighbours})
     hits = torch.zeros(len(neighbours), classes, device=bank.device)
     for z, y in zip(*(column[keep][PROCESS::WORLD].split(256) for column in val)):
@@ -419,15 +419,13 @@ def parse_args(argv=None):
     add("--std", "standard deviation of these pixels", STD, **colour)
     text = "folder of train/ and val/ or test/, of class folders; --embed: any folder of images"
     add("--data_path", text, metavar="DIR")
-    output = f"output_{Path(__file__).stem}"
-    add("--output_dir", "folder for results and probes", output, metavar="DIR")
-    text = "shorter side of an image before its centre is cut, pixels"
-    add("--resize_size", text, 256, **size)
+    add("--output_dir", "folder for results and probes", "output_eval_linear", metavar="DIR")
+    add("--resize_size", "shorter side of an image before the crop, pixels", 256, **size)
     add("--crop_size", "side of what the model sees, pixels", 224, **size)
 
     add("--epochs", "passes of the probe over the training images; 0: k-NN alone", 100, **count)
     text = "train the probe on the features of one central crop an image"
-    parser.add_argument("--cached", action="store_true", help=text)
+    add("--cached", text, action="store_true")
     add("--batch_size_per_gpu", "images that a GPU takes at a time [128; --segment: 8]", **size)
     add("--ignore_index", "what masks hold where there is no class", [255], nargs="+", **count)
     text = "auto: bf16 or else fp16 on GPUs, off: float32"
@@ -536,8 +534,8 @@ def identify_run(args, classes, *splits):
         images[0]  # raises if no image can be read
     contents = [Path(args.weights).read_bytes(), *(b"\0".join(images.names) for images in splits)]
     run = {name: value for name, value in vars(args).items() if name not in FREE}
-    run["data_path"] = os.path.realpath(args.data_path)
-    run |= {"sha256": [hashlib.sha256(x).hexdigest()[:16] for x in contents], "classes": classes}
+    run |= {"data_path": os.path.realpath(args.data_path), "classes": classes}
+    run["sha256"] = [hashlib.sha256(content).hexdigest()[:16] for content in contents]
     run_id = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:8]
     if len({*all_gather(run_id)}) > 1:
         sys.exit("the processes find different weights or images: they have to share a disk")
@@ -732,8 +730,7 @@ def embed(args, features_of):
     labels = [name.rpartition(os.sep)[0].split(os.sep)[0] for name in names]
     if PROCESS == 0:
         write(out, partial(np.savez, features=features, names=names, labels=labels))
-    text = f"features {features.shape}, CLS of the last block (of any length); names; labels"
-    say(f"{out}: {text}, the first folders of the names or empty")
+    say(f"{out}: features {features.shape}, CLS of the last block; names; labels: first folders")
 
 
 @torch.no_grad()
@@ -743,10 +740,8 @@ def draw(args, model, tile=168):
     patch features of all images."""
     out, *paths = args.pictures
     out, shown, attention, patches = new_file(out, ".png"), [], [], []
-    if not paths:
-        root = Path(args.data_path)
-        paths = [root / os.fsdecode(name) for name in find_images(root)[0][:8]]
-    for path in paths:
+    root = Path(args.data_path or "")
+    for path in paths or [root / os.fsdecode(name) for name in find_images(root)[0][:8]]:
         shown.append(center_crop(load_image(path), args))
         x = model.normalize(shown[-1][None])
         attention.append(model.get_last_selfattention(x)[0, :, 0, model.first_patch :].cpu())

@@ -28,7 +28,7 @@ W = 1, 2, 4 or 8 GPUs: each takes its share of 512 images, 64 at a time, and gra
 In it R is a mean over 8 groups, for each of the two global views; a row of Z is (z_s + z_t) / 2.
 
 The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 63.4, 66.4
-and 64.9 % (seeds 0 to 2) in 1.3 minutes on 2 CPU cores; random weights give 15 to 19 %, raw pixels
+and 64.9 % (seeds 0 to 2) in 1.3 to 2.1 minutes on 2 cores; random weights 15 to 19 %, raw pixels
 34.2 %. checkpoint.pth holds the trained teacher: `eval_linear.py --weights checkpoint.pth` tests
 its backbone, and writes it for timm.
 

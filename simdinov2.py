@@ -25,7 +25,7 @@ with the options that set them:
     group         the images of a round whose coding rate is taken together: --group_size
 
 The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 70.6, 68.6
-and 67.1 % (seeds 0 to 2) in 1.7 minutes on 2 CPU cores; random weights give 14 to 18 %, raw pixels
+and 67.1 % (seeds 0 to 2) in 1.7 to 2.7 minutes on 2 cores; random weights 14 to 18 %, raw pixels
 34.2 %. checkpoint.pth holds the trained teacher: `eval_linear.py --weights checkpoint.pth` tests
 its backbone, and writes it for timm.
 

@@ -370,9 +370,9 @@ def test_what_the_scripts_share_stands_in_each_in_the_same_words():
     assert [name for name in v2 if name in v1] == list(v1), "in the same order"
     added = {"masked_patch_loss", "LayerScale", "Network", "block_masks", "parameter_groups"}
     assert v2.keys() - v1.keys() == added
-    own = {"Block", "VisionTransformer", "FREE", "parse_args", "main", "center_crop", "embed"}
+    own = {"Block", "VisionTransformer", "FREE", "parse_args", "main"}
     both = evaluation.keys() & v2.keys()
-    assert {name for name in both if evaluation[name] != v2[name]} == own and len(both) == 27
+    assert {name for name in both if evaluation[name] != v2[name]} == own and len(both) == 25
 
 
 def self_distil(gamma, momentum=0.9, steps=150, unit=True):
@@ -2274,8 +2274,8 @@ def refused(path, *arguments):
     [
         (b"", (), "begins with b''"),
         (b"version https://git-lfs.github.com/spec/v1\noid", (), "version https://git-lfs"),
-        ({"teacher": Code("mark")}, (), "code ['posix.system']"),
-        ({"state_dict": {}, "path": Path("x")}, (), "code ['pathlib"),  # of Lightning
+        ({"teacher": Code("mark")}, (), "code inside, posix.system;"),
+        ({"state_dict": {}, "path": Path("x")}, (), "code inside, pathlib"),  # of Lightning
         ([1, 2], (), "no patch_embed.proj.weight, but []"),
         ({f"embeddings.{i:099}": torch.ones(1) for i in range(9)}, (), "'embeddings.000"),  # HF
         ({"net": weights(1, 96)}, ("ema",), "under --checkpoint_key ema; it has"),
@@ -2289,6 +2289,11 @@ def refused(path, *arguments):
         (weights(1, 96) | {"cls_token": torch.ones(1, 2, 96)}, (), "has ['cls_token (1, 2, 96)']"),
         (weights(1, 96) | {"pos_embed": torch.ones(1, 33, 96)}, (), "pos_embed (1, 33, 96)"),  # 8x4
         (weights(1, 96) | {"pos_embed": torch.ones(1, 16, 96)}, (), "pos_embed (1, 16, 96)"),  # 5x3
+        (  # as DINOv3, whose positions are no tensor
+            {k: x for k, x in weights(2, 96).items() if k != "pos_embed"},
+            (),
+            "lacks ['pos_embed (1, 1, 96)']",
+        ),
         (weights(1, 160), (), "--num_heads, a divisor of its width, 160"),
         (weights(1, 96), (None, 7), "--num_heads"),
     ],
@@ -2479,7 +2484,7 @@ def test_the_probe_learns_and_is_chosen_on_held_out_images_not_on_val(evaluated,
     right = [[], [], []]
     for path in sorted((data / "val").glob("kind?/*.png")):
         with contextlib.suppress(OSError):
-            image = eval_linear.center_crop(eval_linear.load_image(path), SIZES)
+            image = eval_linear.resize_and_crop(eval_linear.load_image(path), SIZES)
             z = eval_linear.encode(model, image[None]).flatten(1)
             scores = z @ classifier["weight"].T + classifier["bias"]
             kind = classifier["classes"].index(path.parent.name)
@@ -2680,9 +2685,9 @@ def test_the_centre_is_cut_as_torchvision_does_and_strips_in_little_memory():
     for shape in (3, 300, 400), (3, 600, 310), (3, 20, 30):
         image = torch.randint(0, 256, shape, dtype=torch.uint8)
         resized = TF.resize(image, 256, TF.InterpolationMode.BICUBIC, antialias=True)
-        assert torch.equal(eval_linear.center_crop(image, sizes), TF.center_crop(resized, 224))
+        assert torch.equal(eval_linear.resize_and_crop(image, sizes), TF.center_crop(resized, 224))
     strip = torch.zeros(3, 3, 40_000, dtype=torch.uint8)
-    assert eval_linear.center_crop(strip, sizes).shape == (3, 224, 224)
+    assert eval_linear.resize_and_crop(strip, sizes).shape == (3, 224, 224)
 
 
 # ------------------------------------------------------------ evaluation: features, pictures, export
@@ -2705,7 +2710,7 @@ def test_features_of_any_folder_are_written_by_any_number_of_processes(base, dat
     model, _ = eval_linear.load_backbone(base[1])
     for i in 0, 20, 22:
         image = eval_linear.load_image(data / "val" / names[i])
-        z = eval_linear.encode(model, eval_linear.center_crop(image, SIZES)[None])[0, -2]
+        z = eval_linear.encode(model, eval_linear.resize_and_crop(image, SIZES)[None])[0, -2]
         torch.testing.assert_close(torch.from_numpy(one["features"][i]), z, rtol=1e-4, atol=1e-5)
     assert "a new .npz" in stopped(*flags, tmp_path / "one.npz"), "never written over"
     assert "folder that exists" in stopped(*flags, tmp_path / "none" / "x.npz")

@@ -283,7 +283,7 @@ def judge(probe, features, labels):
 
 
 def hold_out(classes, args):
-    """Cut the images in two: a tenth, at most 10,000, to choose the best candidate by, and the rest,
+    """Cut the images in two: a tenth, at most 10,000, to choose the best candidate by, and the rest
     to train on. classes[i]: those of image i, which is in neither part if it has none.
 
     The last image of a class is not held out. Returns two arrays of indices.
@@ -1074,7 +1074,7 @@ class Scenes(Dataset):
 
 
 def find_scenes(folder, void):
-    """Of the images in folder that can be read: paths, paths of the masks, and the set of classes in
+    """Of the images in folder that can be read: paths, paths of masks, and the set of classes in
     each mask but for those in void; how many cannot be read. Masks are named as the images, and lie
     in <folder>_masks/."""
     names, found = [os.fsdecode(name) for name in find_images(folder)[0]], []

@@ -73,7 +73,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
-        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -84,8 +85,8 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
-    def forward(self, x):
-        return x * self.gamma.to(x.dtype)
+    def forward(self, x, scale=1.0):
+        return x * (scale * self.gamma).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -473,8 +474,6 @@ def main():
     """Read the weights, then do what the options ask for."""
     args, device, begun = parse_args(), start_process(), time.monotonic()
     cuda, segmenting = device.type == "cuda", args.segment is not None
-    if cuda:  # off by default for matrix products, but not for convolutions
-        torch.backends.cudnn.allow_tf32 = False
     if args.amp == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "fp16" if cuda else "off"

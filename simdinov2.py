@@ -188,8 +188,9 @@ def effective_rank(rows):
     """
     rows = rows.float()
     gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
-    p = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
-    return torch.special.entr(p / p.sum()).sum().exp()
+    p = np.linalg.eigvalsh(gram.cpu().numpy()).clip(min=1e-12)  # GPUs are slower at it
+    p /= p.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -212,7 +213,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
-        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -223,8 +225,8 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
-    def forward(self, x):
-        return x * self.gamma.to(x.dtype)
+    def forward(self, x, scale=1.0):
+        return x * (scale * self.gamma).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -245,10 +247,11 @@ class Block(nn.Module):
             x = x + self.ls1(self.attn(self.norm1(x)))
             return x + self.ls2(self.mlp(self.norm2(x)))
         scale = len(x) / keep.shape[1]  # keeps the expectation
-        kept = x[keep[0]]  # index_put, unlike index_add and index_copy, stores none for backward
-        x = x.index_put((keep[0],), kept + scale * self.ls1(self.attn(self.norm1(kept))))
-        kept = x[keep[1]]
-        return x.index_put((keep[1],), kept + scale * self.ls2(self.mlp(self.norm2(kept))))
+        # index_put adds the branch; index_add would do so too, but store it for the backward pass.
+        branch = self.ls1(self.attn(self.norm1(x[keep[0]])), scale).to(x.dtype)
+        x = x.index_put((keep[0],), branch, accumulate=True)
+        branch = self.ls2(self.mlp(self.norm2(x[keep[1]])), scale).to(x.dtype)
+        return x.index_put((keep[1],), branch, accumulate=True)
 
 
 class VisionTransformer(nn.Module):
@@ -487,15 +490,31 @@ def color_jitter(x):
     return x
 
 
+class Fusible:
+    """A function of pixels. compile() makes one kernel of its operations: one pass over memory."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *x):
+        return self.function(*x)
+
+    def compile(self, **options):
+        self.function = torch.compile(self.function, **options)
+
+
+@Fusible
 def grayscale(x):  # (B, 3, H, W) -> (B, 1, H, W)
     r, g, b = x.split(1, dim=1)
     return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
+@Fusible
 def blend(x, other, factor):
     return torch.lerp(other, x, factor).clamp_(0, 1)
 
 
+@Fusible
 def adjust_hue(x, shift):
     """Rotate the hue of x, (B, 3, H, W) in [0, 1], by shift (B, 1, 1, 1) turns, through HSV."""
     value, (r, g, b) = x.amax(1, keepdim=True), x.split(1, dim=1)
@@ -717,7 +736,7 @@ def parse_args(argv=None):
 
     text = "auto: bf16 or else fp16 on GPUs, off: float32"
     add("--amp", str, "auto", text, choices=("auto", "bf16", "fp16", "off"))
-    switch("--compile", "compile the transformer's blocks: faster, after some minutes")
+    switch("--compile", "compile blocks and colour operations: faster, after some minutes")
     switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     add("--num_workers", count, min(10, cores), "data-loading workers per GPU")
@@ -817,8 +836,9 @@ def build(args, device):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # it splits graphs; blocks need none
-        for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
-            block.compile(dynamic=False)
+        blocks = *model.student.backbone.blocks, *model.teacher.backbone.blocks
+        for part in (*blocks, grayscale, blend, adjust_hue):
+            part.compile(dynamic=False)
     if WORLD > 1:
         ddp = nn.parallel.DistributedDataParallel
         model.model = ddp(model.student, gradient_as_bucket_view=True)
@@ -913,7 +933,7 @@ def main():
         metrics += rows.tolist()
         chunk = int(np.clip(5 / rows[0, -1], 1, 10))
         over = done % per_epoch == 0
-        rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1)).item()
+        rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1))
         loss, comp, expa, patch, bad, wait, seconds = np.mean(metrics, axis=0).tolist()
         line = f"epoch {epoch + 1}/{args.epochs} step {done}/{steps} loss {rows[-1, 0]:.3f} "
         line += f"comp {rows[-1, 1]:.3f} expa {rows[-1, 2]:.3f} "

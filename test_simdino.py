@@ -306,11 +306,11 @@ def test_compiled_as_one_graph_the_loss_has_the_same_value_and_gradient():
 
 
 def test_effective_rank_counts_the_directions_in_use():
-    assert effective_rank(torch.eye(32)[:16]).item() == pytest.approx(16, rel=1e-4)
-    assert effective_rank(torch.eye(32)[:1].expand(16, -1)).item() == pytest.approx(1, rel=1e-4)
+    assert effective_rank(torch.eye(32)[:16]) == pytest.approx(16, rel=1e-4)
+    assert effective_rank(torch.eye(32)[:1].expand(16, -1)) == pytest.approx(1, rel=1e-4)
     z = rows(40, 12, a=0.37)
     p = torch.linalg.svdvals(z) ** 2 / 40  # of unit rows: they sum to 1
-    assert effective_rank(z).item() == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
+    assert effective_rank(z) == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
     assert math.isfinite(effective_rank(torch.full((4, 3), math.nan)))
 
 
@@ -397,7 +397,7 @@ def self_distil(gamma, momentum=0.9, steps=150, unit=True):
 
 
 def rank_of(z):
-    return effective_rank(F.normalize(z, dim=-1)).item()
+    return effective_rank(F.normalize(z, dim=-1))
 
 
 def test_coding_rate_prevents_collapse_and_without_it_features_collapse():
@@ -546,7 +546,17 @@ def test_v2_computes_the_same_number_of_samples_in_each_branch_and_keeps_the_exp
     drawn = [frozenset(samples.tolist()) for samples in keep.flatten(0, 1)]
     assert [len(samples) for samples in drawn] == 6 * [150] and len(set(drawn)) == 6, "drawn anew"
     assert len(model.stochastic_depth(torch.zeros(1, 3, 32, 32))[0][0]) == 1, "never none"
-    block, x = model.blocks[0], torch.randn(5, 7, 32)
+    block, x, one_by_one = model.blocks[0], torch.randn(5, 7, 32, requires_grad=True), []
+    keep = torch.tensor([[4, 2, 0], [1, 4, 3]])
+    for i, y in enumerate(x.split(1)):
+        if i in keep[0]:
+            y = y + 5 / 3 * block.ls1(block.attn(block.norm1(y)))
+        if i in keep[1]:
+            y = y + 5 / 3 * block.ls2(block.mlp(block.norm2(y)))
+        one_by_one.append(y)
+    sums = [y.sin().sum() for y in (block(x, keep), torch.cat(one_by_one))]
+    for of in x, block.ls1.gamma, block.mlp.fc1.weight:
+        check_equal(*sums, of, 1e-5)
     with torch.no_grad():
         branch = block.ls1(block.attn(block.norm1(x)))
         block.ls2.gamma.zero_()
@@ -925,6 +935,20 @@ def test_photometric_equals_torchvision_image_by_image(monkeypatch, blur, solari
     ):
         assert low <= draw.min() < low + 0.1 * (high - low)
         assert high - 0.1 * (high - low) < draw.max() <= high
+
+
+def test_compiled_colour_operations_have_the_same_values(monkeypatch):
+    def augmented(seed):
+        torch.manual_seed(seed)
+        return simdino.augment([pixels, pixels, pixels[..., :16, :16]])
+
+    pixels = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    eager = [augmented(seed) for seed in range(6)]
+    for operation in simdino.grayscale, simdino.blend, simdino.adjust_hue:
+        monkeypatch.setattr(operation, "function", operation.function)  # put back at the end
+        operation.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    for seed, expected in enumerate(eager):
+        torch.testing.assert_close(augmented(seed), expected, rtol=0, atol=1e-5)
 
 
 def test_augment_blurs_and_solarizes_each_kind_of_view_as_often_as_dino(monkeypatch):
@@ -1590,8 +1614,10 @@ def test_blocks_are_compiled_as_one_graph_a_shape(script, pictures, tmp_path, wo
     statuses, outputs = ends(launch(script, *flags, world=world, code=COUNT))
     assert statuses == [0] * world, outputs
     # A graph break would make more calls, a limit of recompilations fewer. A step is 3 calls of 4
-    # blocks (the student's global and local views, the teacher's global ones), k-NN 2.
-    assert all(f"counted 5 {4 * (4 * 3 + 2)}" in printed for printed in outputs), outputs
+    # blocks (the student's global and local views, the teacher's global ones), k-NN 2; and 7 calls
+    # of colour operations for each of 3 batches of views, of 2 sizes.
+    calls = 4 * (4 * 3 + 2) + 4 * 3 * 7
+    assert all(f"counted {5 + 2 * 4} {calls}" in printed for printed in outputs), outputs
     names = weights_of(tmp_path)["teacher"]
     assert all(re.match(r"(backbone|head)\.(?!.*_orig_mod)", name) for name in names)
 
@@ -1873,7 +1899,7 @@ def test_the_first_unreadable_images_are_named_and_all_counted(capsys, script, p
 def test_a_rank_that_is_low_and_does_not_rise_is_a_collapse(
     monkeypatch, capsys, pictures, tmp_path, ranks, warned
 ):
-    values = iter(map(torch.tensor, ranks))
+    values = iter(ranks)
     monkeypatch.setattr(simdino, "effective_rank", lambda rows: next(values))
     more = "--batch_size 30 --batch_size_per_gpu 15 --group_size 1 --eval_freq 0 --epochs"
     train(*tiny(pictures, tmp_path, more, len(ranks)))

@@ -292,7 +292,7 @@ class VisionTransformer(nn.Module):
                 x = checkpoint(block, x, keep, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, keep)
-        return self.norm(x)[:, 0]
+        return self.norm(x[:, 0])
 
 
 class ProjectionHead(nn.Module):

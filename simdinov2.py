@@ -247,11 +247,11 @@ class Block(nn.Module):
             x = x + self.ls1(self.attn(self.norm1(x)))
             return x + self.ls2(self.mlp(self.norm2(x)))
         scale = len(x) / keep.shape[1]  # keeps the expectation
-        # index_put adds the branch; index_add would do so too, but store it for the backward pass.
         branch = self.ls1(self.attn(self.norm1(x[keep[0]])), scale).to(x.dtype)
+        # This adds the branch. index_add would too, but would store it for the backward pass.
         x = x.index_put((keep[0],), branch, accumulate=True)
         branch = self.ls2(self.mlp(self.norm2(x[keep[1]])), scale).to(x.dtype)
-        return x.index_put((keep[1],), branch, accumulate=True)
+        return x.index_put_((keep[1],), branch, accumulate=True)  # in place: x is new here
 
 
 class VisionTransformer(nn.Module):

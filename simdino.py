@@ -176,8 +176,8 @@ def effective_rank(rows):
     are 2 views of 64 images. Below 2, and not rising, is a collapse. The host waits here.
     """
     rows = rows.float()
-    gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
-    p = np.linalg.eigvalsh(gram.cpu().numpy()).clip(min=1e-12)  # GPUs are slower at it
+    gram = (rows.mT @ rows).nan_to_num().cpu().double()  # eigvalsh raises on NaN
+    p = np.linalg.eigvalsh(gram.numpy()).clip(min=1e-12)  # small: a GPU would take longer
     p /= p.sum()
     return float(np.exp(-(p * np.log(p)).sum()))
 
@@ -397,17 +397,12 @@ def color_jitter(x):
     return x
 
 
-class Fusible:
-    """A function of pixels. compile() makes one kernel of its operations: one pass over memory."""
+class Fusible(nn.Module):
+    """A function of pixels. Compiled, its operations share one pass over memory."""
 
     def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *x):
-        return self.function(*x)
-
-    def compile(self, **options):
-        self.function = torch.compile(self.function, **options)
+        super().__init__()
+        self.forward = function
 
 
 @Fusible
@@ -610,7 +605,7 @@ def parse_args(argv=None):
 
     text = "auto: bf16 or else fp16 on GPUs, off: float32"
     add("--amp", str, "auto", text, choices=("auto", "bf16", "fp16", "off"))
-    switch("--compile", "compile blocks and colour operations: faster, after some minutes")
+    switch("--compile", "compile transformer blocks and colour jitter: faster, after some minutes")
     switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     add("--num_workers", count, min(10, cores), "data-loading workers per GPU")

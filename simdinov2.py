@@ -187,8 +187,8 @@ def effective_rank(rows):
     are 2 views of 64 images. Below 2, and not rising, is a collapse. The host waits here.
     """
     rows = rows.float()
-    gram = (rows.mT @ rows).nan_to_num()  # eigvalsh raises on NaN
-    p = np.linalg.eigvalsh(gram.cpu().numpy()).clip(min=1e-12)  # GPUs are slower at it
+    gram = (rows.mT @ rows).nan_to_num().cpu().double()  # eigvalsh raises on NaN
+    p = np.linalg.eigvalsh(gram.numpy()).clip(min=1e-12)  # small: a GPU would take longer
     p /= p.sum()
     return float(np.exp(-(p * np.log(p)).sum()))
 
@@ -248,10 +248,10 @@ class Block(nn.Module):
             return x + self.ls2(self.mlp(self.norm2(x)))
         scale = len(x) / keep.shape[1]  # keeps the expectation
         branch = self.ls1(self.attn(self.norm1(x[keep[0]])), scale).to(x.dtype)
-        # This adds the branch. index_add would too, but would store it for the backward pass.
+        # This adds the branch, as index_add does, which keeps the branch for the backward pass.
         x = x.index_put((keep[0],), branch, accumulate=True)
         branch = self.ls2(self.mlp(self.norm2(x[keep[1]])), scale).to(x.dtype)
-        return x.index_put_((keep[1],), branch, accumulate=True)  # in place: x is new here
+        return x.index_put_((keep[1],), branch, accumulate=True)  # nothing else reads x
 
 
 class VisionTransformer(nn.Module):
@@ -490,17 +490,12 @@ def color_jitter(x):
     return x
 
 
-class Fusible:
-    """A function of pixels. compile() makes one kernel of its operations: one pass over memory."""
+class Fusible(nn.Module):
+    """A function of pixels. Compiled, its operations share one pass over memory."""
 
     def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *x):
-        return self.function(*x)
-
-    def compile(self, **options):
-        self.function = torch.compile(self.function, **options)
+        super().__init__()
+        self.forward = function
 
 
 @Fusible
@@ -736,7 +731,7 @@ def parse_args(argv=None):
 
     text = "auto: bf16 or else fp16 on GPUs, off: float32"
     add("--amp", str, "auto", text, choices=("auto", "bf16", "fp16", "off"))
-    switch("--compile", "compile blocks and colour operations: faster, after some minutes")
+    switch("--compile", "compile transformer blocks and colour jitter: faster, after some minutes")
     switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     add("--num_workers", count, min(10, cores), "data-loading workers per GPU")
@@ -835,6 +830,8 @@ def build(args, device):
         torch.backends.cuda.enable_flash_sdp(dtype == torch.float32)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if args.compile:
+        if device.type == "cpu" and torch.__version__ < "2.7":  # its index_put does not add there
+            sys.exit("--compile without a GPU needs PyTorch 2.7 or newer")
         torch._dynamo.config.optimize_ddp = False  # it splits graphs; blocks need none
         blocks = *model.student.backbone.blocks, *model.teacher.backbone.blocks
         for part in (*blocks, grayscale, blend, adjust_hue):

@@ -945,7 +945,7 @@ def test_compiled_colour_operations_have_the_same_values(monkeypatch):
     pixels = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     eager = [augmented(seed) for seed in range(6)]
     for operation in simdino.grayscale, simdino.blend, simdino.adjust_hue:
-        monkeypatch.setattr(operation, "function", operation.function)  # put back at the end
+        monkeypatch.setattr(operation, "_compiled_call_impl", None)  # as it is, at the end
         operation.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     for seed, expected in enumerate(eager):
         torch.testing.assert_close(augmented(seed), expected, rtol=0, atol=1e-5)
@@ -1612,6 +1612,9 @@ def test_blocks_are_compiled_as_one_graph_a_shape(script, pictures, tmp_path, wo
     more = "--batch_size 8 --group_size 4 --drop_path_rate 0.3 --max_steps 4 --compile"
     flags = tiny(pictures, tmp_path, more)
     statuses, outputs = ends(launch(script, *flags, world=world, code=COUNT))
+    if script is simdinov2 and torch.__version__ < "2.7":
+        assert "--compile without a GPU needs PyTorch 2.7 or newer\n" in outputs[0]
+        return
     assert statuses == [0] * world, outputs
     # A graph break would make more calls, a limit of recompilations fewer. A step is 3 calls of 4
     # blocks (the student's global and local views, the teacher's global ones), k-NN 2; and 7 calls

@@ -879,7 +879,7 @@ def catch_signals(worker=None):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if PROCESS == 0 and worker is None:
             with suppress(Exception):  # without print(), which it may have interrupted
-                os.write(sys.stderr.fileno(), b"\nends after this step or k-NN; at once: Ctrl-C\n")
+                os.write(sys.stderr.fileno(), b"\nends soon, or after k-NN; at once: Ctrl-C\n")
 
     names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
     for number in signal.Signals:  # under nohup SIGHUP stays ignored

@@ -1690,7 +1690,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(pictures, 
     step, last = weights_of(out)["step"], printed.splitlines()[-1]
     assert statuses == [128 + getattr(signal, name)] and 5 <= step < 17, printed
     assert last.startswith(f"{name}: saved {out}/checkpoint.pth at step {step}; ")
-    assert printed.count("ends after this step or k-NN; at once: Ctrl-C\n") == 1
+    assert printed.count("ends soon, or after k-NN; at once: Ctrl-C\n") == 1
     train(*tiny(pictures, out, more))
     train(*tiny(pictures, tmp_path / "whole", more))
     check_same_bits(out, tmp_path / "whole")

@@ -188,7 +188,7 @@ def effective_rank(rows):
     """
     rows = rows.float()
     gram = (rows.mT @ rows).nan_to_num().cpu().double()  # eigvalsh raises on NaN
-    p = np.linalg.eigvalsh(gram.numpy()).clip(min=1e-12)  # small: a GPU would take longer
+    p = torch.linalg.eigvalsh(gram).numpy().clip(min=1e-12)  # small: a GPU would take longer
     p /= p.sum()
     return float(np.exp(-(p * np.log(p)).sum()))
 

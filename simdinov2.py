@@ -248,10 +248,10 @@ class Block(nn.Module):
             return x + self.ls2(self.mlp(self.norm2(x)))
         scale = len(x) / keep.shape[1]  # keeps the expectation
         branch = self.ls1(self.attn(self.norm1(x[keep[0]])), scale).to(x.dtype)
-        # This adds the branch, as index_add does, which keeps the branch for the backward pass.
+        # This adds the branch. index_add does the same, but keeps branch for the backward pass.
         x = x.index_put((keep[0],), branch, accumulate=True)
         branch = self.ls2(self.mlp(self.norm2(x[keep[1]])), scale).to(x.dtype)
-        return x.index_put_((keep[1],), branch, accumulate=True)  # nothing else reads x
+        return x.index_put_((keep[1],), branch, accumulate=True)  # no backward reads x
 
 
 class VisionTransformer(nn.Module):

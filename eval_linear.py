@@ -79,7 +79,8 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Factors of a branch's channels; small ones start a deep ViT close to the identity."""
+    """x times scale, times a factor for each channel; small factors start a deep ViT close to the
+    identity."""
 
     def __init__(self, dim, value):
         super().__init__()

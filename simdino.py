@@ -398,7 +398,7 @@ def color_jitter(x):
 
 
 class Fusible(nn.Module):
-    """A function of pixels. Compiled, its operations share one pass over memory."""
+    """A function of pixels. With --compile, its operations share one pass over memory."""
 
     def __init__(self, function):
         super().__init__()
@@ -605,7 +605,7 @@ def parse_args(argv=None):
 
     text = "auto: bf16 or else fp16 on GPUs, off: float32"
     add("--amp", str, "auto", text, choices=("auto", "bf16", "fp16", "off"))
-    switch("--compile", "compile transformer blocks and colour jitter: faster, after some minutes")
+    switch("--compile", "compile transformer blocks and colour jitter into fewer kernels")
     switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     add("--num_workers", count, min(10, cores), "data-loading workers per GPU")

@@ -9,8 +9,8 @@
     python eval_linear.py --weights FILE --pictures OUT.png PHOTO...
     python eval_linear.py --weights FILE --export OUT.pth                    # for timm
 
-FILE: weights of simdino.py, simdinov2.py, the official SimDINO(v2), DINO(v2) or timm. The
-architecture is read off them, but for the number of heads. The first command computes DINO's
+FILE: weights of simdino.py, simdinov2.py, the official SimDINO(v2), DINO(v2) or timm: plain ViTs,
+whose shape is read off them, but for the number of heads. The first command computes DINO's
 weighted k-NN, then trains 52 linear classifiers together (DINOv2's: 4 kinds of features x 13
 learning rates) for DINO's 100 epochs on random crops. The best one is chosen on images held out of
 train/; only this one is tried on val/. --cached trains them on the features of one central crop an
@@ -428,7 +428,7 @@ def parse_args(argv=None):
     add("--epochs", "passes of the probe over the training images; 0: k-NN alone", 100, **count)
     text = "train the probe on the features of one central crop an image"
     add("--cached", text, action="store_true")
-    add("--batch_size_per_gpu", "images that a GPU takes at a time [128; --segment: 8]", **size)
+    add("--batch_size_per_gpu", "images of a step on each GPU [128; --segment: 8]", **size)
     add("--ignore_index", "what masks hold where there is no class", [255], nargs="+", **count)
     text = "auto: bf16 or else fp16 on GPUs, off: float32"
     add("--amp", text, "auto", choices=("auto", "bf16", "fp16", "off"))
@@ -462,13 +462,6 @@ def parse_args(argv=None):
 def seed_from(*numbers):
     """One 32-bit seed from several non-negative integers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def cosine_schedule(base, final, total_steps, warmup_steps=0):
-    """(total_steps,) values: linear from 0 to base over the warm-up, then half a cosine."""
-    progress = np.arange(total_steps - warmup_steps) / (total_steps - warmup_steps)
-    cosine = final + (base - final) * (1 + np.cos(np.pi * progress)) / 2
-    return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
 
 
 def main():
@@ -520,7 +513,8 @@ def main():
             write(output / f"results-{run_id}.json", lambda file: file.write(text.encode()))
             for probe in output.glob(f"probe-{run_id}-*.pth"):
                 probe.unlink()
-            say(f"written to {output}: the result, and the probe if there is one, {run_id}")
+            also = f", classifier-{run_id}.pth" if classifier else ""
+            say(f"written to {output}: results-{run_id}.json{also}")
     if WORLD > 1:
         time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
@@ -546,7 +540,7 @@ def micro_batches(n, args, done):
     """Yield, for each step from done on, the keys of this process's images: epoch * n + image.
 
     An epoch's images, in random order, are cut into whole steps of batch_size (the rest is left
-    out), and these into equal parts, one a process. So a step is the same on any number of them.
+    out), and these into equal parts, one a process: a step depends on batch_size alone.
     """
     for step in range(done, args.epochs * (n // args.batch_size)):
         epoch, i = divmod(step, n // args.batch_size)
@@ -566,7 +560,8 @@ def fit(probe, rates, batches, n, args, run_id):
     path, done = Path(args.output_dir, f"probe-{run_id}-{n}.pth"), 0
     total = args.epochs * (n // args.batch_size)
     rates = torch.tensor(rates, device=next(probe.parameters()).device)
-    factors = cosine_schedule(args.batch_size / 256, 0.0, total).tolist()
+    cosine = (1 + np.cos(np.pi * np.arange(total) / total)) / 2
+    factors = (args.batch_size / 256 * cosine).tolist()
     optimizer = torch.optim.SGD(probe.parameters(), lr=1.0, momentum=0.9, fused=True)
     if any(all_gather(path.exists())):
         try:
@@ -801,7 +796,7 @@ def start_process():
     if cuda:
         torch.cuda.set_device(device)
     elif torch.version.cuda:
-        say(f"no GPU, so this runs on the CPU; torch needs a driver for CUDA {torch.version.cuda}")
+        say(f"no GPU, so on the CPU; an NVIDIA card needs a driver for CUDA {torch.version.cuda}")
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
@@ -1138,8 +1133,8 @@ def read_tensors(path):
 def load_backbone(path, key=None, num_heads=None):
     """The VisionTransformer in path, in eval mode, and the names of what was left out.
 
-    path: weights of simdino.py, simdinov2.py, the official SimDINO(v2), DINO, DINOv2 or timm; .pth
-    or .safetensors. key: where there are several, a part of the names of those to take, by default
+    path: plain ViTs of simdino.py, simdinov2.py, official SimDINO(v2), DINO(v2) or timm; .pth or
+    .safetensors. key: where there are several, a part of the names of those to take, by default
     "teacher". num_heads cannot be read off the tensors: by default that of the standard ViT of this
     width. SystemExit, with one line, for other files.
     """

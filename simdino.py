@@ -14,8 +14,8 @@ the features of different images, the rows of Z, are kept apart:
     R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
 
 The first term alone is smallest when all images get the same vector: the features collapse. DINO
-avoids it by prototypes, centering, sharpening and schedules of temperatures. Here R is enough: at
-collapse it is smallest, and so -γ R is largest. Four words, with the options that set them:
+avoids it by centering and sharpening its scores of 65,536 prototypes. Here R is enough: at collapse
+it is smallest, and so -γ R is largest. Four words, with the options that set them:
 
     micro-batch   the images that a process (one per GPU) takes at a time: --batch_size_per_gpu
     round         one micro-batch of each process
@@ -76,7 +76,7 @@ def coding_rate(z, eps_sq):
 
     z: (..., n, d), n rows of length 1 or less; eps_sq: ε² > 0. Returns (...). R is roughly the
     logarithm of how many balls of radius ε fit in the volume that the rows span. With λ the
-    eigenvalues of ZᵀZ it is ½ Σ log(1 + d λ / (n ε²)), where Σ λ = n for unit rows. It is smallest,
+    eigenvalues of ZᵀZ it is ½ Σ log(1 + d λ / (n ε²)). For unit rows Σ λ = n; then R is smallest,
     ½ log(1 + d / ε²), when all are parallel (one λ is n), and largest when the λ are equal:
     (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²). For d = 256, n = 64 and
     ε² = 0.4 these are 3.2 and 76.7. Equal λ are best for any ε; with a larger ε they gain less.
@@ -100,8 +100,8 @@ class SimDINOLoss(torch.nn.Module):
     loader's last batch, are in no group. The rows of Z are the student's (expa_type 0) or (student
     + teacher) / 2 (1, the official default), shorter than 1 where the two disagree.
     expa (from "expansion") is γ R.
-    eps_sq 0.4 and groups of 64 are what the published models ran on: on 8 GPUs of 64 images the
-    official code sums over a GPU's 64 rows but divides by all 512: its --eps 0.05 is ε² = 8 * 0.05.
+    eps_sq 0.4 and groups of 64 (SimDINOv2: 128) are those of the published models: on 8 GPUs, the
+    official code sums over a GPU's rows but divides by all 8 times as many: --eps 0.05 is ε² = 0.4.
     gamma: weight of R; None for (d + b) / (d b) = 1/d + 1/b, the authors' heuristic, with b the
     images of a round: for d = 256, 0.0059 at 512, 0.0195 at 64. With several rounds a step give
     gamma, as the class sees one round only.
@@ -175,7 +175,6 @@ def effective_rank(rows):
     1 when all rows are alike, at most min(n, d). The built-in run rises from 1 to 63: its 128 rows
     are 2 views of 64 images. Below 2, and not rising, is a collapse. The host waits here.
     """
-    rows = rows.float()
     gram = (rows.mT @ rows).nan_to_num().cpu().double()  # eigvalsh raises on NaN
     p = torch.linalg.eigvalsh(gram).numpy().clip(min=1e-12)  # small: a GPU would take longer
     p /= p.sum()
@@ -517,7 +516,7 @@ class SimDINO:
 
 # torchrun sets these: the number of processes, this process's number, that of its GPU
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-PROCESS = int(os.environ.get("RANK") or 0) % WORLD  # it may be left over from another run
+PROCESS = int(os.environ.get("RANK") or 0) % WORLD  # RANK may be left over from another run
 GPU = int(os.environ.get("LOCAL_RANK") or 0)
 # The built-in run's options, where they are not the paper's ImageNet recipe
 SMALL = """--arch vit_nano --patch_size 8 --hidden_dim 512 --drop_path_rate 0 --global_crops_size 32
@@ -533,7 +532,7 @@ UNUSED = """--out_dim --norm_last_layer --use_bn_in_head --z_dim --use_simdino -
 --warmup_teacher_temp --warmup_teacher_temp_epochs --freeze_last_layer --optimizer --dist_url
 --local_rank --local-rank --track_wandb --track_swan"""
 OFFICIAL = dict.fromkeys(UNUSED.split(), "nothing, as it has no use here")
-OFFICIAL |= {"--use_fp16": "--amp fp16", "--reduce_cov": "--group_size 0 --eps_sq EPS for 1"}
+OFFICIAL |= {"--use_fp16": "--amp fp16", "--reduce_cov": "--group_size 0 --eps_sq EPS (if 1)"}
 
 
 def within(kind, low, high=1e9):
@@ -730,7 +729,7 @@ def main():
 
     # Start, or resume. metrics: a row for each finished step of the current epoch
     path, state = output / "checkpoint.pth", {"epoch": 0, "log": [], "metrics": []}
-    run = vars(args) | {"image_list": hashlib.sha256(b"\0".join(images.names)).hexdigest()[:16]}
+    run = vars(args) | {"images": hashlib.sha256(b"\0".join(images.names)).hexdigest()[:16]}
     if any(all_gather(path.exists())):
         state = restore(path, run, model)
     elif args.pretrained_weights:
@@ -739,7 +738,7 @@ def main():
     del metrics[per_epoch - 1 :]  # with --resume_anyway, the epoch may now be shorter
     done = state["epoch"] * per_epoch + len(metrics)
     state |= {"step": done, "args": run}
-    if len({*all_gather((run["image_list"], done))}) > 1:
+    if len({*all_gather((run["images"], done))}) > 1:
         sys.exit("the processes find different images or checkpoints: they have to share a disk")
 
     # Schedules, one value a step
@@ -840,7 +839,7 @@ def start_process():
     if cuda:
         torch.cuda.set_device(device)
     elif torch.version.cuda:
-        say(f"no GPU, so this runs on the CPU; torch needs a driver for CUDA {torch.version.cuda}")
+        say(f"no GPU, so on the CPU; an NVIDIA card needs a driver for CUDA {torch.version.cuda}")
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
@@ -1152,8 +1151,8 @@ def load_pretrained(path, model):
         backbone["pos_embed"] = torch.cat([cls, grid], dim=1)
         model.student.backbone.load_state_dict(backbone)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        other = f"python eval_linear.py --weights {path} --export start.pth reads other formats"
-        sys.exit(f"cannot start from {path}; {other} ({' '.join(str(error).split())})")
+        other = "another --arch or --patch_size? eval_linear.py --export reads other formats"
+        sys.exit(f"cannot start from {path}, {' '.join(str(error).split())}: {other}")
     fits = {k: x.shape for k, x in model.student.head.state_dict().items()}
     head = {k: x for k, x in head.items() if k in fits and x.shape == fits[k]}
     if len(head) == len(fits):

@@ -54,7 +54,7 @@ from torchvision.transforms import functional as TF
 
 # torchrun sets these: the number of processes, this process's number, that of its GPU
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-PROCESS = int(os.environ.get("RANK") or 0) % WORLD  # it may be left over from another run
+PROCESS = int(os.environ.get("RANK") or 0) % WORLD  # RANK may be left over from another run
 GPU = int(os.environ.get("LOCAL_RANK") or 0)
 BICUBIC = transforms.InterpolationMode.BICUBIC
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet

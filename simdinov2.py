@@ -1298,8 +1298,9 @@ def load_pretrained(path, model):
         backbone["pos_embed"] = torch.cat([cls, grid], dim=1)
         model.student.backbone.load_state_dict(backbone)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        other = "another --arch or --patch_size? eval_linear.py --export reads other formats"
-        sys.exit(f"cannot start from {path}, {' '.join(str(error).split())}: {other}")
+        other = f"eval_linear.py --weights {path} --export start.pth reads other formats"
+        why = f"{' '.join(str(error).split())}; is it of this --arch and --patch_size?"
+        sys.exit(f"cannot start from {path}: {why} {other}")
     fits = {k: x.shape for k, x in model.student.head.state_dict().items()}
     head = {k: x for k, x in head.items() if k in fits and x.shape == fits[k]}
     if len(head) == len(fits):

@@ -583,7 +583,7 @@ def parse_args(argv=None):
 
     add("--coeff", weight, 1.0, "weight of the mean cosine")
     add("--eps_sq", positive, 0.4, "square of the radius epsilon in the coding rate R")
-    text = "images whose R is taken together [64, with --eps a micro-batch]; 0: all of a step"
+    text = "images whose R is taken together [64, with --eps a micro-batch]; 0: all, in one round"
     add("--group_size", count, None, text)
     add("--eps", positive, None, "official flag for --eps_sq: N times the groups of a step")
     add("--gamma", weight, None, "weight of R [1 / 256 + 1 / batch_size]")

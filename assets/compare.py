@@ -22,8 +22,6 @@ import simdino
 parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
 parser.add_argument("--prototypes", type=int, default=512)
 parser.add_argument("--teacher_temp", type=float, default=0.04)
-parser.add_argument("--student_temp", type=float, default=0.1)
-parser.add_argument("--center_momentum", type=float, default=0.9)
 parser.add_argument("--frozen_steps", type=int, default=78, help="of the prototypes: an epoch")
 OWN, sys.argv[1:] = parser.parse_known_args()
 sys.modules["wandb"] = types.ModuleType("wandb")  # the official code imports it
@@ -48,9 +46,8 @@ def dino(model, args):
     layer = torch.nn.Linear(head.mlp[-1].out_features, OWN.prototypes, bias=False)
     head.prototypes = layer.to(model.device).weight
     model = simdino.SimDINO(backbone, head, None, args.clip_grad, dtype=model.dtype)
-    temps = OWN.teacher_temp, OWN.teacher_temp, 0, 1, OWN.student_temp
-    views = 2 + args.local_crops_number
-    cross_entropy = main_dino.DINOLoss(OWN.prototypes, views, *temps, OWN.center_momentum)
+    temperature, views = OWN.teacher_temp, 2 + args.local_crops_number
+    cross_entropy = main_dino.DINOLoss(OWN.prototypes, views, temperature, temperature, 0, 1)
     steps = []
     head.prototypes.register_hook(lambda grad: grad * (len(steps) > OWN.frozen_steps))
 

@@ -73,14 +73,14 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, heads, T, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
-    """x times scale, times a factor for each channel; small factors start a deep ViT close to the
-    identity."""
+    """x times scale, times a learned factor for each channel. Small factors start a deep ViT close
+    to the identity."""
 
     def __init__(self, dim, value):
         super().__init__()

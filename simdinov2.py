@@ -16,21 +16,16 @@ No coding rate keeps patches apart. Two things work against their collapse: they
 the CLS tokens, whose rate is kept high, and attention makes the CLS tokens from them. Registers are
 tokens where the model can keep notes; without them it writes notes over patches of the background.
 LayerScale starts every branch small. The learning rate falls from block to block towards the
-input. The recipe takes 1,024 images a step, in groups and micro-batches of 128. Four words,
-with the options that set them:
+input. The recipe takes 1,024 images a step, in groups and micro-batches of 128:
 
-    micro-batch   the images that a process (one per GPU) takes at a time: --batch_size_per_gpu
-    round         one micro-batch of each process
-    step          an update of the weights by as many rounds as give --batch_size images
-    group         the images of a round whose coding rate is taken together: --group_size
+    batch_size = rounds x processes x batch_size_per_gpu
 
-The first command trains on ten kinds of patterns that the script draws: k-NN accuracy 70.6, 68.6
-and 67.1 % (seeds 0 to 2) in 1.7 to 2.7 minutes on 2 cores; random weights 14 to 18 %, raw pixels
-34.2 %. checkpoint.pth holds the trained teacher: `eval_linear.py --weights checkpoint.pth` tests
-its backbone, and writes it for timm.
+The first command trains on ten kinds of patterns that the script draws, in minutes on two CPU
+cores. k-NN accuracy rises from @KNN0 % to @KNN (seeds 0 to 2).
 
-Section 1 is the method: loss, model, views, one training step. Section 2 is the run: the options,
-the images of a step, the training loop. Section 3 holds the helpers that both stand on.
+Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
+Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
+helpers of the run. Its result is the teacher in checkpoint.pth, which eval_linear.py reads.
 Paper: "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
 "Official" below is the authors' code, github.com/RobinWu218/SimDINO.
 """
@@ -47,11 +42,11 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter, OrderedDict
-from contextlib import suppress
+import warnings
+from collections import OrderedDict
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain, groupby, product
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +57,14 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import functional as TF
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+
+# torchrun starts a process for each GPU and sets: how many, which one this is, which GPU it takes.
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+PROCESS = int(os.environ.get("RANK", "0")) % WORLD  # RANK may be left over from another run
+GPU = int(os.environ.get("LOCAL_RANK", "0"))
 
 # ==================================================================================== 1. The method
 
@@ -72,19 +74,28 @@ from torchvision.transforms import functional as TF
 def coding_rate(z, eps_sq):
     """Coding rate R = ½ logdet(I + d / (n ε²) ZᵀZ) in nats: paper, eq. (8).
 
-    z: (..., n, d), n rows of length 1 or less; eps_sq: ε² > 0. Returns (...). R is roughly the
-    logarithm of how many balls of radius ε fit in the volume that the rows span. With λ the
-    eigenvalues of ZᵀZ it is ½ Σ log(1 + d λ / (n ε²)). For unit rows Σ λ = n; then R is smallest,
-    ½ log(1 + d / ε²), when all are parallel (one λ is n), and largest when the λ are equal:
-    (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²). For d = 256, n = 64 and
-    ε² = 0.4 these are 3.2 and 76.7. Equal λ are best for any ε; with a larger ε they gain less.
+    z: (..., n, d), n rows of length 1 or less; eps_sq: ε² > 0. Returns (...), in float32 or more.
+    R is roughly the logarithm of how many balls of radius ε fit in the volume that the rows span.
+    With λ the eigenvalues of ZᵀZ, R = ½ Σ log(1 + d λ / (n ε²)). For rows of length 1, Σ λ = n, and
+    R has bounds. It is smallest, ½ log(1 + d / ε²), when all rows are parallel: one λ is n. It is
+    largest when the λ are equal: (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²).
+    For n = 64 and d = 256:
+
+        ε²      smallest    largest
+        0.05       4.3       140.6
+        0.4        3.2        76.7      as in the published models
+        2          2.4        35.2
     """
-    n, d = z.shape[-2:]
-    gram = z @ z.mT if n < d else z.mT @ z  # ZZᵀ and ZᵀZ share their non-zero eigenvalues
-    eye = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
-    # cholesky_ex skips the error check, for which the host would wait for the GPU.
-    factor, _ = torch.linalg.cholesky_ex(eye + d / (n * eps_sq) * gram)
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # ½ logdet(LLᵀ) = Σ log diag(L)
+    # Autocast would form ZᵀZ in half precision. Near a collapse, rounding can then move an
+    # eigenvalue below -n ε² / d, and the logarithm is NaN: the more easily, the smaller ε² is.
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        n, d = z.shape[-2:]
+        gram = z @ z.mT if n < d else z.mT @ z  # ZZᵀ and ZᵀZ share their non-zero eigenvalues
+        eye = torch.eye(min(n, d), dtype=z.dtype, device=z.device)
+        # cholesky_ex skips the error check, for which the CPU would wait for the GPU.
+        factor, _ = torch.linalg.cholesky_ex(eye + d / (n * eps_sq) * gram)
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # ½ logdet(LLᵀ) = Σ log diag(L)
 
 
 class SimDINOLoss(torch.nn.Module):
@@ -92,108 +103,116 @@ class SimDINOLoss(torch.nn.Module):
 
     comp (official name, from "compression"): mean cosine, 1 - ½‖z_s - z_t‖², over all pairs of a
     teacher's and a student's view. A crop paired with itself is left out: it teaches no invariance.
-    R: mean coding rate over the teacher's views and over groups of group_size images. Groups are
-    cut in order from this process's images if whole groups fit there, else from those of all
-    processes (None, or more than all images: one group). Images left over, as at the end of a
-    loader's last batch, are in no group. The rows of Z are the student's (expa_type 0) or (student
-    + teacher) / 2 (1, the official default), shorter than 1 where the two disagree.
-    expa (from "expansion") is γ R.
-    eps_sq 0.4 and groups of 64 (SimDINOv2: 128) are those of the published models: on 8 GPUs, the
-    official code sums over a GPU's rows but divides by all 8 times as many: --eps 0.05 is ε² = 0.4.
-    gamma: weight of R; None for (d + b) / (d b) = 1/d + 1/b, the authors' heuristic, with b the
-    images of a round: for d = 256, 0.0059 at 512, 0.0195 at 64. With several rounds a step give
-    gamma, as the class sees one round only.
+    expa (from "expansion"): γ R, with R the mean coding rate over the teacher's views and over
+    groups of group_size images. If group_size divides the images of this process, the groups are
+    cut from these, in order. Otherwise a group spans processes. None, or more than all images: one
+    group. At the end of an epoch a batch may be smaller: images that fill no group are left out.
+    The rows of Z are z_s (expa_type 0) or (z_s + z_t) / 2 (1, the official default), which is
+    shorter than 1 where the two disagree.
+    eps_sq 0.4 and groups of 64 (SimDINOv2: 128) are those of the published models. The official
+    code sums ZᵀZ over one GPU but divides by the rows of all 8, so its 0.05 is 8 x 0.05 = 0.4 here.
+    gamma: γ; None for default_gamma of the images of this call, on all processes. If a step has
+    several rounds, give gamma: default_gamma of the images of the step.
     """
 
     def __init__(self, eps_sq=0.4, group_size=64, coeff=1.0, gamma=None, expa_type=1):
         super().__init__()
-        if not eps_sq > 0 or group_size is not None and group_size < 1 or expa_type not in (0, 1):
-            raise ValueError("eps_sq and group_size must be positive, expa_type 0 or 1")
-        self.eps_sq, self.group_size, self.coeff = eps_sq, group_size, coeff
-        self.gamma, self.expa_type = gamma, expa_type
+        if not eps_sq > 0:
+            raise ValueError("eps_sq must be positive")
+        if group_size is not None and group_size < 1:
+            raise ValueError("group_size must be positive, or None")
+        if expa_type not in (0, 1):
+            raise ValueError("expa_type must be 0 or 1")
+        self.eps_sq = eps_sq
+        self.group_size = group_size
+        self.coeff = coeff
+        self.gamma = gamma
+        self.expa_type = expa_type
 
     def forward(self, student, teacher):
-        """student: V views (V, B, d), teacher: the first G of them (G, B, d), unit rows.
-        Returns the loss, and detached comp and expa.
+        """Returns the loss, and a dictionary of comp and expa without gradient.
 
-        Not checked: that rows have unit length, and that B, this process's images, is the same on
-        all processes. ValueError for one view, or for a group that is larger than B and does not
-        divide the images of all processes.
+        student: V views of B images, (V, B, d). teacher: the first G of these views, (G, B, d).
+        Rows are scaled to length 1: longer ones would raise R without being more diverse.
+        Not checked: that all processes have the same number of images B.
         """
-        # Autocast would form ZᵀZ in half precision. Where rounding moves an eigenvalue below
-        # -n ε² / d, the logarithm is NaN: often at ε² = 0.05, seldom at 0.4.
-        with torch.autocast(student.device.type, enabled=False):
-            dtype = torch.promote_types(student.dtype, torch.float32)
-            student, teacher = student.to(dtype), teacher.detach().to(dtype)
-            (views, images, d), shared = student.shape, teacher.shape[0]
-            if views < 2:
-                raise ValueError("one view makes no pair of different views")
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        student = torch.nn.functional.normalize(student.to(dtype), dim=-1)
+        teacher = torch.nn.functional.normalize(teacher.detach().to(dtype), dim=-1)
+        V, B, d = student.shape
+        G = teacher.shape[0]
+        total = B * self.processes()
+        if V < 2 or G > V:
+            raise ValueError(f"{G} views of the teacher and {V} of the student make no pairs")
+        if 1 < total < G:
+            raise ValueError(f"{G} views of {total} images: the order is (views, images, d)")
 
-            # comp is a mean over images: the mean of the processes' values is that of all images.
-            cosine = torch.cosine_similarity(teacher[:, None], student, dim=-1).mean(-1)  # (G, V)
-            comp = (cosine.sum() - cosine.diagonal().sum()) / (shared * (views - 1))
+        # comp is a mean over images, so the mean of comp over processes is that of all images.
+        cosine = (teacher[:, None] * student).sum(-1).mean(-1)  # (G, V)
+        comp = (cosine.sum() - cosine.diagonal().sum()) / (G * (V - 1))
 
-            # R is a mean over groups, not over images: a group over several processes is gathered.
-            z = student[:shared]
-            z = z if self.expa_type == 0 else (z + teacher) / 2  # (G, B, d)
-            total = images * self.processes()
-            group = min(self.group_size or total, total)
-            if images % group and total % group == 0:
-                z = self.gather(z)  # (G, total, d)
-            elif group > images:
-                raise ValueError(f"group_size {group} does not divide the {total} images")
-            z = z[:, : z.shape[1] // group * group].unflatten(1, (-1, group))  # whole groups
-            gamma = 1 / d + 1 / total if self.gamma is None else self.gamma
-            expa = gamma * coding_rate(z, self.eps_sq).mean()
+        # R is a mean over groups. The rows of a group that spans processes have to be gathered.
+        z = student[:G]  # (G, B, d)
+        if self.expa_type == 1:
+            z = (z + teacher) / 2
+        group = total if self.group_size is None else min(self.group_size, total)
+        if B % group and total % group == 0:
+            z = self.gather(z)  # (G, total, d)
+        elif group > B:
+            raise ValueError(f"group_size {group} does not divide the {total} images")
+        groups = z.shape[1] // group
+        z = z[:, : groups * group].unflatten(1, (groups, group))  # (G, groups, group, d)
+        gamma = self.default_gamma(d, total) if self.gamma is None else self.gamma
+        expa = gamma * coding_rate(z, self.eps_sq).mean()
         return -self.coeff * comp - expa, {"comp": comp.detach(), "expa": expa.detach()}
 
     @staticmethod
+    def default_gamma(d, images):
+        """The authors' (d + b) / (d b), b images of a step: for d = 256, 0.0059 at 512 images."""
+        return 1 / d + 1 / images
+
+    @staticmethod
     def processes():
-        dist = torch.distributed  # by its full name: the class and coding_rate can be copied
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        # By the full name, so that the class and coding_rate can be copied with torch alone
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_world_size()
+        return 1
 
     @classmethod
     def gather(cls, z):
         """Rows (..., B, d) of all processes in their order; those of this one carry gradient."""
-        if (world := cls.processes()) == 1:
+        world = cls.processes()
+        if world == 1:
             return z
         own = z.detach().contiguous()
-        parts = [torch.empty_like(own) for _ in range(world)]
-        torch.distributed.all_gather(parts, own)
+        rows = [torch.empty_like(own) for _ in range(world)]
+        torch.distributed.all_gather(rows, own)
         # This has z's value and `world` times its gradient: each process back-propagates through
         # its own rows only, and DDP divides the sum over the processes by world.
-        parts[torch.distributed.get_rank()] = own + world * (z - own)
-        return torch.cat(parts, dim=-2)
+        rows[torch.distributed.get_rank()] = own + world * (z - own)
+        return torch.cat(rows, dim=-2)
 
 
 def masked_patch_loss(student, teacher, masks):
-    """Minus the mean cosine over a crop's masked patches, averaged over all 2 B crops, 0 for one
-    without any: where half have a mask, -0.5 at best. student, teacher (M, d): rows of the M masked
-    patches, in the order of masks, bool (2 B, N)."""
-    with torch.autocast(student.device.type, enabled=False):
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        cosine = torch.cosine_similarity(student.to(dtype), teacher.detach().to(dtype), dim=-1)
-        count = masks.sum(-1)
-        weight = 1 / count.clamp(min=1).to(dtype)  # of a patch: one over those masked in its crop
-        weight = weight.repeat_interleave(count, output_size=len(student))  # size given: no wait
-        return -(cosine * weight).sum() / len(masks)
+    """Minus the mean cosine over a crop's masked patches, averaged over all 2 B crops.
 
-
-@torch.no_grad()
-def effective_rank(rows):
-    """How many directions rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ.
-
-    1 when all rows are alike, at most min(n, d). The built-in run rises from 1 to 63: its 128 rows
-    are 2 views of 64 images. Below 2, and not rising, is a collapse. The host waits here.
+    A crop without masked patches adds 0: if half of the crops have a mask, -0.5 is the best.
+    student, teacher (M, d): rows of the M masked patches, in the order of masks, bool (2 B, N).
     """
-    gram = (rows.mT @ rows).nan_to_num().cpu().double()  # eigvalsh raises on NaN
-    p = torch.linalg.eigvalsh(gram).numpy().clip(min=1e-12)  # small: a GPU would take longer
-    p /= p.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    student = torch.nn.functional.normalize(student.to(dtype), dim=-1)
+    teacher = torch.nn.functional.normalize(teacher.detach().to(dtype), dim=-1)
+    cosine = (student * teacher).sum(-1)  # (M,)
+    masked = masks.sum(-1)  # patches of each crop
+    weight = 1 / masked.clamp(min=1).to(dtype)
+    # With output_size given, the CPU need not wait for the GPU to count the patches.
+    weight = weight.repeat_interleave(masked, output_size=len(student))  # (M,)
+    return -(cosine * weight).sum() / len(masks)
 
 
 # ---------------------------------------------------------------------------------------- the model
 
+OUT_DIM = 256  # d, the numbers of a row
 ARCHS = {
     "vit_nano": {"embed_dim": 96, "depth": 4, "num_heads": 3},  # built-in run
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -212,14 +231,14 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, heads, T, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
-    """x times scale, times a factor for each channel; small factors start a deep ViT close to the
-    identity."""
+    """x times scale, times a learned factor for each channel. Small factors start a deep ViT close
+    to the identity."""
 
     def __init__(self, dim, value):
         super().__init__()
@@ -246,12 +265,13 @@ class Block(nn.Module):
         if keep is None:
             x = x + self.ls1(self.attn(self.norm1(x)))
             return x + self.ls2(self.mlp(self.norm2(x)))
-        scale = len(x) / keep.shape[1]  # keeps the expectation
-        branch = self.ls1(self.attn(self.norm1(x[keep[0]])), scale).to(x.dtype)
+        first, second = keep
+        scale = len(x) / len(first)  # so that the mean of a branch stays the same
+        branch = self.ls1(self.attn(self.norm1(x[first])), scale).to(x.dtype)
         # This adds the branch. index_add does the same, but keeps branch for the backward pass.
-        x = x.index_put((keep[0],), branch, accumulate=True)
-        branch = self.ls2(self.mlp(self.norm2(x[keep[1]])), scale).to(x.dtype)
-        return x.index_put_((keep[1],), branch, accumulate=True)  # no backward reads x
+        x = x.index_put((first,), branch, accumulate=True)
+        branch = self.ls2(self.mlp(self.norm2(x[second])), scale).to(x.dtype)
+        return x.index_put_((second,), branch, accumulate=True)  # no backward pass reads x
 
 
 class VisionTransformer(nn.Module):
@@ -259,8 +279,9 @@ class VisionTransformer(nn.Module):
 
     forward: images (B, 3, H, W), H and W multiples of patch_size -> CLS features (B, D); a list of
     such batches, of several sizes -> their CLS features concatenated in that order. ValueError for
-    another size. grad_checkpointing = True: activations of a block are computed again in the
-    backward pass instead of kept.
+    other sizes. drop_path_rate: the share of a batch that skips a branch (stochastic depth).
+    grad_checkpointing = True: the backward pass computes the activations of a block again, so that
+    they need not be kept.
     """
 
     def __init__(
@@ -277,9 +298,11 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-        self.patch_size, self.side = patch_size, img_size // patch_size
-        self.drop_path_rate, self.grad_checkpointing = drop_path_rate, False
+        self.patch_size = patch_size
+        self.side = img_size // patch_size
+        self.drop_path_rate = drop_path_rate
         self.num_register_tokens = num_register_tokens
+        self.grad_checkpointing = False
         proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -336,24 +359,37 @@ class VisionTransformer(nn.Module):
             else:
                 x = block(x, keep)
         cls, registers, patches = self.norm(x).tensor_split([1, 1 + self.num_register_tokens], 1)
-        names = "x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens"
-        return dict(zip(names, (cls[:, 0], registers, patches)))
+        return {
+            "x_norm_clstoken": cls[:, 0],
+            "x_norm_regtokens": registers,
+            "x_norm_patchtokens": patches,
+        }
 
     def forward(self, x):
-        if isinstance(x, (list, tuple)):  # one pass for neighbours of equal size
-            runs = groupby(x, key=lambda batch: batch.shape[-2:])
-            return torch.cat([self(torch.cat(list(run))) for _, run in runs])
+        if isinstance(x, (list, tuple)):
+            # Views of equal size that follow each other go through together.
+            sizes = groupby(x, key=lambda view: view.shape[-2:])
+            return torch.cat([self(torch.cat(list(views))) for _, views in sizes])
         return self.forward_features(x)["x_norm_clstoken"]
 
 
 class ProjectionHead(nn.Module):
-    """Features (..., in_dim) -> unit rows (..., out_dim) in float32: no prototypes."""
+    """Features (..., in_dim) -> unit rows (..., out_dim) in float32: no prototypes.
 
-    def __init__(self, in_dim, hidden_dim=2048, out_dim=256):
+    After training the head is thrown away, and k-NN takes the backbone's features. The rows are
+    trained to be the same for all crops of an image, whatever their colours or scale. The features
+    before the head still tell these apart, which other tasks may need.
+    """
+
+    def __init__(self, in_dim, hidden_dim=2048, out_dim=OUT_DIM):
         super().__init__()
-        first, second = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
-        last = nn.Linear(hidden_dim, out_dim)
-        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, out_dim),
+        )
         self.apply(init_weights)
 
     def forward(self, x):
@@ -371,17 +407,18 @@ class Network(nn.Sequential):
     """A backbone, and the head that its CLS and patch tokens share."""
 
     def forward(self, views, index, masks=None):
-        """Unit rows: of all CLS tokens (V, B, d), and of the indexed patches (M, d).
+        """Unit rows: of all CLS tokens (V, B, d), and of the patches at index (M, d).
 
         views: batches, two global ones first. masks: bool (2 B, N), True where patches are hidden.
-        index: (M,), where masks are True among the 2 B N patches; a GPU that had to find out would
-        make the host wait for M. The teacher gets index and no masks: it sees the whole crops.
+        index: (M,), where masks are True among the 2 B N patches. It is given, as the CPU would
+        have to wait for a GPU that counts M. The teacher gets no masks: it sees the whole crops.
         """
         tokens = self.backbone.forward_features(torch.cat(views[:2]), masks)
-        cls, patches = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]
-        if views[2:]:
+        cls = tokens["x_norm_clstoken"]
+        patches = tokens["x_norm_patchtokens"].flatten(0, 1)[index]
+        if len(views) > 2:
             cls = torch.cat([cls, self.backbone(views[2:])])
-        rows = self.head(torch.cat([cls, patches.flatten(0, 1)[index]]))
+        rows = self.head(torch.cat([cls, patches]))
         return rows[: len(cls)].unflatten(0, (len(views), -1)), rows[len(cls) :]
 
 
@@ -392,8 +429,8 @@ class MultiCrop:
     """Runs in workers: uint8 (3, H, W) -> list of uint8 views, two global ones first.
 
     Random resized crops: a share of the area within scale, aspect 3/4 to 4/3. Images differ in
-    size, so each is cropped where it is decoded, and few bytes are sent. All else is arithmetic on
-    batches of crops of one size, which the training device does (augment).
+    size, so each is cropped where it is decoded. All else is arithmetic on batches of crops of one
+    size, which the training device does (augment).
     """
 
     def __init__(
@@ -404,23 +441,13 @@ class MultiCrop:
         local_scale=(0.05, 0.4),
         local_crops=10,
     ):
-        self.crops = [(global_size, global_scale)] * 2 + [(local_size, local_scale)] * local_crops
+        bicubic = InterpolationMode.BICUBIC
+        global_crop = v2.RandomResizedCrop(global_size, global_scale, interpolation=bicubic)
+        local_crop = v2.RandomResizedCrop(local_size, local_scale, interpolation=bicubic)
+        self.crops = [global_crop] * 2 + [local_crop] * local_crops
 
     def __call__(self, image):
-        height, width = image.shape[1:]
-        views, draws = [], torch.rand(len(self.crops), 10, 4, dtype=torch.float64).tolist()
-        for (size, (low, high)), tries in zip(self.crops, draws):
-            for share, aspect, top, left in tries:
-                area = height * width * (low + (high - low) * share)
-                ratio = (4 / 3) ** (2 * aspect - 1)  # uniform in its logarithm
-                h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-                if h <= height and w <= width:
-                    break
-            h, w = min(max(h, 1), height), min(max(w, 1), width)  # if no try fits
-            y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
-            crop = image[None, :, y : y + h, x : x + w]
-            views.append(F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0])
-        return views
+        return [crop(image) for crop in self.crops]
 
 
 def block_masks(crops, side, probability, ratios, seed):
@@ -430,20 +457,27 @@ def block_masks(crops, side, probability, ratios, seed):
     over ratios, (lowest, highest). Rectangles of about 4 patches or more, aspect 0.3 to 1 / 0.3,
     hide what is left until 10 tries in a row hide nothing new or too much. seed: of numpy's draws.
     """
-    rng, masks = np.random.default_rng(seed), np.zeros((crops, side, side), dtype=bool)
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((crops, side, side), dtype=bool)
     bounds = np.linspace(*ratios, int(crops * probability) + 1)
     for mask, low, high in zip(masks, bounds, bounds[1:]):
-        left, tries = int(side**2 * rng.uniform(low, high)), 0
-        while left > 0 and tries < 10:
+        left = int(side**2 * rng.uniform(low, high))  # patches that are still to be hidden
+        failures = 0
+        while left > 0 and failures < 10:
             share, stretch, down, right = rng.random(4)
-            area, aspect = 4 + (min(left, side**2 // 2) - 4) * share, 0.3 ** (2 * stretch - 1)
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            y, x, tries = int(down * (side - h + 1)), int(right * (side - w + 1)), tries + 1
+            area = 4 + (min(left, side**2 // 2) - 4) * share
+            aspect = 0.3 ** (2 * stretch - 1)
+            h = round(math.sqrt(area * aspect))
+            w = round(math.sqrt(area / aspect))
+            y = int(down * (side - h + 1))
+            x = int(right * (side - w + 1))
             patches = mask[y : y + h, x : x + w]
             new = h * w - patches.sum()
+            failures += 1
             if max(h, w) < side and 0 < new <= left:
                 patches[:] = True
-                left, tries = left - new, 0
+                left -= new
+                failures = 0
     return torch.from_numpy(rng.permutation(masks)).flatten(1)
 
 
@@ -453,8 +487,10 @@ def augment(views):
     How often views are blurred and solarised is DINO's choice for each kind of view.
     """
     first, second, *local = views
-    views = [photometric(first, blur=1.0), photometric(second, blur=0.1, solarize=0.2)]
-    return views + [*photometric(torch.cat(local), blur=0.5).split(len(first))] if local else views
+    augmented = [photometric(first, blur=1.0), photometric(second, blur=0.1, solarize=0.2)]
+    if local:
+        augmented += photometric(torch.cat(local), blur=0.5).split(len(first))
+    return augmented
 
 
 def photometric(x, blur, solarize=0.0):
@@ -465,7 +501,7 @@ def photometric(x, blur, solarize=0.0):
     """
     x = torch.where(uniform(x) < 0.5, x.flip(-1), x) / 255
     x = torch.where(uniform(x) < 0.8, color_jitter(x), x)
-    x = torch.where(uniform(x) < 0.2, grayscale(x), x)
+    x = torch.where(uniform(x) < 0.2, TF.rgb_to_grayscale(x, 3), x)
     x = torch.where(uniform(x) < blur, gaussian_blur(x, sigma=uniform(x, 0.1, 2.0)), x)
     if solarize:
         x = torch.where((uniform(x) < solarize) & (x >= 128 / 255), 1 - x, x)
@@ -479,70 +515,62 @@ def uniform(x, low=0.0, high=1.0):
 
 def color_jitter(x):
     """Brightness, contrast, saturation and hue of x in [0, 1], in an order drawn for the batch."""
-    operations = [
-        lambda x: blend(x, torch.zeros_like(x[:, :1]), uniform(x, 0.6, 1.4)),
-        lambda x: blend(x, grayscale(x).mean((1, 2, 3), keepdim=True), uniform(x, 0.6, 1.4)),
-        lambda x: blend(x, grayscale(x), uniform(x, 0.8, 1.2)),
-        lambda x: adjust_hue(x, uniform(x, -0.1, 0.1)),
-    ]
-    for i in torch.randperm(4).tolist():
-        x = operations[i](x)
+    for operation in torch.randperm(4).tolist():
+        if operation == 0:
+            x = blend(x, torch.zeros_like(x), uniform(x, 0.6, 1.4))
+        elif operation == 1:
+            gray_level = TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
+            x = blend(x, gray_level, uniform(x, 0.6, 1.4))
+        elif operation == 2:
+            x = blend(x, TF.rgb_to_grayscale(x), uniform(x, 0.8, 1.2))
+        else:
+            x = adjust_hue(x, uniform(x, -0.1, 0.1))
     return x
 
 
-class Fusible(nn.Module):
-    """A function of pixels. With --compile, its operations share one pass over memory."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
-@Fusible
-def grayscale(x):  # (B, 3, H, W) -> (B, 1, H, W)
-    r, g, b = x.split(1, dim=1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
-@Fusible
 def blend(x, other, factor):
-    return torch.lerp(other, x, factor).clamp_(0, 1)
+    """x at factor 1, other at factor 0; kept in [0, 1]."""
+    return torch.lerp(other, x, factor).clamp(0, 1)
 
 
-@Fusible
 def adjust_hue(x, shift):
     """Rotate the hue of x, (B, 3, H, W) in [0, 1], by shift (B, 1, 1, 1) turns, through HSV."""
-    value, (r, g, b) = x.amax(1, keepdim=True), x.split(1, dim=1)
+    r, g, b = x.split(1, dim=1)
+    value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    # In sixths of a turn, times chroma
-    hue = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
-    hue = torch.where(value == r, g - b, hue) / chroma.clamp(min=1e-8) + 6 * shift
-    # HSV to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (hue + 5, 3, 1 for R, G, B) mod 6
-    k = (hue + 5 - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)) % 6
+    # The hue in sixths of a turn, times chroma, by the largest colour: blue, green or red
+    hue = r - g + 4 * chroma
+    hue = torch.where(value == g, b - r + 2 * chroma, hue)
+    hue = torch.where(value == r, g - b, hue)
+    hue = hue / chroma.clamp(min=1e-8) + 6 * shift
+    # Back to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (hue + 5, 3, 1 for R, G, B) mod 6
+    offset = 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)
+    k = (hue + offset) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def gaussian_blur(x, sigma, radius=6):  # radius: 3 times the largest sigma, 2
-    """Blur each image of x (B, 3, H, W) by its own sigma (B, 1, 1, 1), by two band matrices."""
-
-    def band(size):  # (B, 1, size, size), rows sum to 1, borders reflected
-        offset = torch.arange(-min(radius, size - 1), min(radius, size - 1) + 1, device=x.device)
-        weight = (-((offset / sigma.view(-1, 1)) ** 2) / 2).softmax(-1)  # (B, taps)
-        at = (torch.arange(size, device=x.device) + offset[:, None]).abs()
-        at = (size - 1) - ((size - 1) - at).abs()
-        taps = torch.eye(size, dtype=x.dtype, device=x.device)[at]  # (taps, size, size)
-        return torch.einsum("bk,kij->bij", weight, taps)[:, None]
-
-    return band(x.shape[2]) @ (x.flatten(1, 2) @ band(x.shape[3])[:, 0].mT).view_as(x)
+    """Blur each image of x (B, 3, H, W) by its own sigma (B, 1, 1, 1), borders reflected."""
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    kernels = torch.softmax(-((offsets / sigma.view(-1, 1)) ** 2) / 2, dim=-1)  # (B, taps)
+    kernels = kernels.repeat_interleave(3, dim=0)[:, None, None]  # (3 B, 1, 1, taps)
+    # Each channel of each image becomes a channel of one image, convolved by its own kernel.
+    padded = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3 B, H + 12, W + 12)
+    blurred = F.conv2d(padded, kernels, groups=len(kernels))  # along the rows
+    blurred = F.conv2d(blurred, kernels.mT, groups=len(kernels))  # along the columns
+    return blurred.view_as(x)
 
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet
+STD = (0.229, 0.224, 0.225)
 
 
 def normalize(x):
     """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
-    mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(x.device, non_blocking=True)
-    return torch.addcmul(-mean / std, x, 1 / std)  # (x - mean) / std
+    # non_blocking: the CPU does not wait for the GPU
+    mean = torch.tensor(MEAN).view(3, 1, 1).to(x.device, non_blocking=True)
+    std = torch.tensor(STD).view(3, 1, 1).to(x.device, non_blocking=True)
+    return (x - mean) / std
 
 
 # ---------------------------------------------------------------------------------- a training step
@@ -553,220 +581,238 @@ class SimDINO:
 
     student: a Network; its backbone gives tokens by forward_features, and maps a batch of images,
     or a list of batches, to one feature (D,) per image in that order; it has no buffers.
-    groups: AdamW's. patch_weight: of the masked patches' loss. rounds: micro-batches that this
-    process takes in a step.
+    groups: those of parameter_groups. patch_weight: of the masked patches' loss. rounds:
+    micro-batches that this process takes in a step.
     """
 
-    def __init__(self, student, groups, loss_fn, patch_weight, clip_grad, rounds, dtype):
-        self.student, self.params = student, list(student.parameters())
+    def __init__(
+        self, student, groups, loss_fn, patch_weight, clip_grad=3.0, rounds=1, dtype=torch.float32
+    ):
+        self.student = student
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.model = self.student  # or, around it, DistributedDataParallel
+        self.loss_fn = loss_fn
+        self.patch_weight = patch_weight
+        self.clip_grad = clip_grad
+        self.rounds = rounds
+        self.dtype = dtype
+        self.params = list(self.student.parameters())
+        self.device = self.params[0].device
         self.lr_scales = [group.pop("lr_scale") for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.loss_fn, self.patch_weight = loss_fn, patch_weight
-        self.clip_grad, self.rounds = clip_grad, rounds
-        self.device, self.dtype = self.params[0].device, dtype
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.parts = {"student": self.student, "teacher": self.teacher}  # go into checkpoints
-        self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
+        self.saved = {  # what a checkpoint holds of them
+            "student": self.student,
+            "teacher": self.teacher,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }
 
     def step(self, micro_batches, lr, weight_decay, momentum):
         """One step over this process's micro-batches, (seed, views, masks, index) each.
 
-        The gradient is the mean over all processes' micro-batches. Returns, for the log, this
-        process's mean loss, comp, expa and patch loss, and z_s, z_t of its last micro-batch.
+        The gradient is the mean over the micro-batches of all processes. Returns what the log
+        shows: this process's mean loss, comp, expa and patch loss, (4,), and Z of its last
+        micro-batch.
         """
-        metrics = []
+        losses = []
         self.optimizer.zero_grad()
-        for taken, (seed, views, masks, index, *_) in enumerate(micro_batches, start=1):
+        for taken, (seed, views, masks, index) in enumerate(micro_batches, start=1):
             torch.manual_seed(seed)  # for augmentation and stochastic depth
             views = augment([view.to(self.device, non_blocking=True) for view in views])
-            masks, index = (x.to(self.device, non_blocking=True) for x in (masks, index))
+            masks = masks.to(self.device, non_blocking=True)
+            index = index.to(self.device, non_blocking=True)
             self.model.require_backward_grad_sync = taken == self.rounds  # DDP: once a step
             with self.autocast:
                 with torch.no_grad():
                     z_t, p_t = self.teacher(views[:2], index)  # (2, B, d), (M, d)
                 z_s, p_s = self.model(views, index, masks)  # (V, B, d), (M, d)
             loss, stats = self.loss_fn(z_s, z_t)
-            patch_loss = masked_patch_loss(p_s, p_t, masks)
-            loss = loss + self.patch_weight * patch_loss
+            patch = masked_patch_loss(p_s, p_t, masks)
+            loss = loss + self.patch_weight * patch
             self.scaler.scale(loss / self.rounds).backward()
-            metrics.append(torch.stack([loss.detach(), *stats.values(), patch_loss.detach()]))
+            parts = [loss.detach(), stats["comp"], stats["expa"], patch.detach()]
+            losses.append(torch.stack(parts))
 
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad:  # backbone and head, each as a whole, as DINOv2 does
             nn.utils.clip_grad_norm_(self.student.backbone.parameters(), self.clip_grad)
             nn.utils.clip_grad_norm_(self.student.head.parameters(), self.clip_grad)
-        for group, scale in zip(self.optimizer.param_groups, self.lr_scales):
-            group["lr"] = lr * scale
+        for group, lr_scale in zip(self.optimizer.param_groups, self.lr_scales):
+            group["lr"] = lr * lr_scale
             group["weight_decay"] = weight_decay * group["decays"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():  # the teacher: exponential moving average of the student
             torch._foreach_lerp_(list(self.teacher.parameters()), self.params, 1 - momentum)
-        return torch.stack(metrics).mean(0), z_s.detach(), z_t
+        rows = (z_s[:2].detach() + z_t) / 2
+        return torch.stack(losses).mean(0), rows.flatten(0, 1)
+
+    def is_finite(self):
+        """Whether all weights, and what AdamW knows of them, are finite. The CPU waits here."""
+        tensors = list(self.params)
+        for state in self.optimizer.state.values():
+            tensors += state.values()
+        return torch.stack(torch._foreach_norm(tensors)).isfinite().all().item()
 
 
 def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
     """AdamW's groups. decays: weight decay is for matrices, not for biases, norms and LayerScale.
-    lr_scale: layerwise_decay for each layer below the last norm and the head; embeddings and tokens
+    lr_scale: layerwise_decay for each layer below the last norm and the head. Embeddings and tokens
     are the lowest layer, below the blocks."""
-    depth, groups = len(student.backbone.blocks), {}
+    depth = len(student.backbone.blocks)
+    groups = {}
     for name, p in student.named_parameters():
         block = re.match(r"backbone\.blocks\.(\d+)", name)
-        layer = int(block[1]) + 1 if block else 0
-        if name.startswith(("backbone.norm.", "head.")):
+        if block:
+            layer = int(block[1]) + 1
+        elif name.startswith(("backbone.norm.", "head.")):
             layer = depth + 1
-        groups.setdefault((layer, "patch_embed" in name, p.ndim > 1), []).append(p)
-    return [
-        {
-            "params": params,
-            "decays": float(decays),
-            "lr_scale": layerwise_decay ** (depth + 1 - layer)
-            * (patch_embed_lr_mult if patch else 1),
-        }
-        for (layer, patch, decays), params in groups.items()
-    ]
+        else:
+            layer = 0
+        is_patch_embed = name.startswith("backbone.patch_embed.")
+        lr_scale = layerwise_decay ** (depth + 1 - layer)
+        if is_patch_embed:
+            lr_scale *= patch_embed_lr_mult
+        decays = float(p.ndim > 1)
+        group = {"params": [], "decays": decays, "lr_scale": lr_scale}
+        groups.setdefault((layer, is_patch_embed, decays), group)["params"].append(p)
+    return list(groups.values())
 
 
 # ====================================================================================== 2. The run
 
-# torchrun sets these: the number of processes, this process's number, that of its GPU
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-PROCESS = int(os.environ.get("RANK") or 0) % WORLD  # RANK may be left over from another run
-GPU = int(os.environ.get("LOCAL_RANK") or 0)
-# The built-in run's options, where they are not the paper's ImageNet recipe
-SMALL = """--arch vit_nano --patch_size 8 --hidden_dim 512 --drop_path_rate 0 --layerscale 1
---global_crops_size 32 --local_crops_size 16 --local_crops_scale 0.15 0.4 --local_crops_number 6
---epochs 8 --lr 0.005 --layerwise_decay 1 --patch_embed_lr_mult 1 --warmup_epochs 1
---weight_decay_end 0.04 --momentum_teacher 0.8 --saveckp_freq 0 --eval_freq 4"""
-# Options that may change on resume (schedules follow --epochs). Other changes are refused.
-FREE = {"data_path", "output_dir", "pretrained_weights", "small_images", "resume_anyway", "eps"}
-FREE |= {"batch_size_per_gpu", "epochs", "max_steps", "amp", "compile", "grad_checkpointing"}
-FREE |= {"num_workers", "saveckp_freq", "eval_freq"}
-# Flags of the official scripts that are not here, and what to write instead
-UNUSED = """--out_dim --norm_last_layer --use_bn_in_head --z_dim --use_simdino --teacher_temp
---warmup_teacher_temp --warmup_teacher_temp_epochs --freeze_last_layer --optimizer --dist_url
---local_rank --local-rank --track_wandb --track_swan"""
-OFFICIAL = dict.fromkeys(UNUSED.split(), "nothing, as it has no use here")
-OFFICIAL |= {"--use_fp16": "--amp fp16", "--reduce_cov": "--group_size 0 --eps_sq EPS (if 1)"}
+# --------------------------------------------------------------------------------------- the options
 
-
-def within(kind, low, high=1e9):
-    """A type for argparse: a number of this kind from low to high."""
-
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low:g} to {high:g}")
-        return kind(text)
-
-    return number
+# The defaults of the built-in run, where they are not the paper's ImageNet recipe
+SMALL = {
+    "arch": "vit_nano",
+    "patch_size": 8,
+    "hidden_dim": 512,
+    "drop_path_rate": 0.0,
+    "layerscale": 1.0,
+    "global_crops_size": 32,
+    "local_crops_size": 16,
+    "local_crops_scale": [0.15, 0.4],
+    "local_crops_number": 6,
+    "epochs": 8,
+    "batch_size": 64,
+    "lr": 0.005,
+    "layerwise_decay": 1.0,
+    "patch_embed_lr_mult": 1.0,
+    "warmup_epochs": 1.0,
+    "weight_decay_end": 0.04,
+    "momentum_teacher": 0.8,
+    "saveckp_freq": 0,
+    "eval_freq": 4,
+}
+# With other values of these options a run is still the same method, and may be resumed.
+MAY_CHANGE_ON_RESUME = {"data_path", "output_dir", "pretrained_weights", "small_images"}
+MAY_CHANGE_ON_RESUME |= {"resume_anyway", "batch_size_per_gpu", "epochs", "max_steps", "amp"}
+MAY_CHANGE_ON_RESUME |= {"compile", "grad_checkpointing", "num_workers", "saveckp_freq"}
+MAY_CHANGE_ON_RESUME |= {"eval_freq"}
 
 
 def parse_args(argv=None):
     """The options: those of argv (the command line), then SMALL or the paper's ImageNet recipe."""
-    examples = "\n".join(__doc__.split("\n")[2:4])
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.description = f"Train a vision transformer on images without labels.\n\n{examples}"
-    parser.epilog = f"Without --data_path, or with --small_images, the defaults are:\n{SMALL}"
-    parser.error, parser.usage = sys.exit, "torchrun %(prog)s [options]"
+    parser = argparse.ArgumentParser(
+        usage="torchrun %(prog)s [options]",
+        description="Train a vision transformer on images without labels.\n\n"
+        "    torchrun simdinov2.py                         # the built-in data\n"
+        "    torchrun simdinov2.py --data_path /imagenet   # the paper's recipe",
+        epilog=f"Without --data_path, or with --small_images, other defaults hold:\n{SMALL}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
 
-    def add(flag, kind, default, text, **more):
-        text += "" if default is None else f" [{str(default).strip('[]')}]"
-        metavar = None if "choices" in more else "TEXT" if kind is str else "N"
-        parser.add_argument(flag, type=kind, default=default, help=text, metavar=metavar, **more)
+    def option(flag, default, text):
+        add(flag, type=type(default), default=default, help=f"{text} [{default}]")
 
-    def switch(flag, text):
-        parser.add_argument(flag, action="store_true", help=text)
+    add("--data_path", help="folder of train/ and val/, of class folders, or of images")
+    option("--output_dir", "output_simdinov2", "folder for everything it writes")
+    add("--pretrained_weights", help="start from this file: ours, or named as DINOv2's")
+    add("--small_images", action="store_true", help="the defaults of the built-in run")
+    add("--resume_anyway", action="store_true", help="also with other options or other images")
+    option("--seed", 0, "seed of all that is random")
+    add("--arch", choices=ARCHS, default="vit_base", help="size of the backbone [vit_base]")
+    option("--patch_size", 16, "side of a patch, pixels")
+    option("--hidden_dim", 2048, "width of the projection head")
+    option("--drop_path_rate", 0.2, "share of a batch that skips a branch (stochastic depth)")
+    option("--num_register_tokens", 4, "register tokens")
+    option("--layerscale", 0.1, "first value of the LayerScale factors")
+    option("--global_crops_size", 224, "side of the 2 global views, pixels")
+    option("--local_crops_size", 96, "side of the local views, pixels")
+    option("--local_crops_number", 10, "local views of an image")
+    share = {"type": float, "nargs": 2}
+    text = "smallest and largest share of the image's area in a global view [0.4 1]"
+    add("--global_crops_scale", default=[0.4, 1.0], help=text, **share)
+    text = "smallest and largest share of the image's area in a local view [0.05 0.4]"
+    add("--local_crops_scale", default=[0.05, 0.4], help=text, **share)
+    option("--mask_sample_probability", 0.5, "share of the global views that are masked")
+    text = "smallest and largest share of their patches that are masked [0.1 0.5]"
+    add("--mask_ratio_min_max", default=[0.1, 0.5], help=text, **share)
+    option("--ibot_loss_weight", 1.0, "weight of the masked patches' loss")
+    option("--coeff", 1.0, "weight of the mean cosine")
+    option("--eps_sq", 0.4, "square of the radius epsilon in the coding rate R")
+    option("--group_size", 128, "images whose R is taken together")
+    add("--gamma", type=float, help="weight of R [1 / 256 + 1 / batch_size]")
+    add("--expa_type", type=int, choices=(0, 1), default=1, help="R of z_s; of (z_s + z_t) / 2 [1]")
+    option("--epochs", 100, "passes over the images, in whole steps")
+    option("--batch_size", 1024, "images of a step, on all GPUs")
+    text = (
+        "images that a GPU takes at a time [128, or less if the GPUs share batch_size in one round]"
+    )
+    add("--batch_size_per_gpu", type=int, help=text)
+    option("--lr", 0.004, "peak learning rate, times the root of batch_size / 1024")
+    option("--layerwise_decay", 0.9, "factor of the learning rate from a block to one below")
+    option("--patch_embed_lr_mult", 0.2, "factor of the patch embedding's learning rate")
+    option("--min_lr", 1e-6, "learning rate that is approached at the end")
+    option("--warmup_epochs", 10.0, "epochs in which the learning rate rises from 0")
+    option("--weight_decay", 0.04, "weight decay at the start")
+    option("--weight_decay_end", 0.4, "weight decay that is approached at the end")
+    option("--clip_grad", 3.0, "largest gradient norm of backbone, of head; 0: no clipping")
+    option("--momentum_teacher", 0.9, "momentum of the teacher at the start; approaches 1")
+    option("--max_steps", 0, "stop early, after so many steps; 0: after --epochs")
+    amp = {"choices": ("auto", "bf16", "fp16", "off"), "default": "auto"}
+    add("--amp", help="on a GPU: bf16, or fp16 if it has no bf16; off: float32 [auto]", **amp)
+    add("--compile", action="store_true", help="compile the transformer's blocks")
+    add("--grad_checkpointing", action="store_true", help="slower, a quarter of the memory")
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    option("--num_workers", min(10, cores), "data-loading workers per GPU")
+    option("--saveckp_freq", 10, "keep a copy after epoch 1 and then every N epochs; 0: none")
+    option("--eval_freq", 10, "k-NN accuracy every N epochs; 0: none")
 
-    count, size = within(int, 0), within(int, 1)
-    share, weight, positive = within(float, 0, 1), within(float, 0), within(float, 1e-12)
-    add("--data_path", str, None, "folder of train/ and val/, of class folders, or of images")
-    add("--output_dir", str, f"output_{Path(__file__).stem}", "folder for everything it writes")
-    add("--pretrained_weights", str, None, "start from this file: ours, or named as DINO's, timm's")
-    switch("--small_images", "the built-in run's defaults, for images of about 32 pixels")
-    switch("--resume_anyway", "go on with a checkpoint of other options or other images")
-    add("--seed", count, 0, "seed of all that is random")
-
-    add("--arch", str, "vit_base", "size of the backbone", choices=ARCHS)
-    add("--patch_size", size, 16, "side of a patch, pixels")
-    add("--hidden_dim", size, 2048, "width of the projection head")
-    add("--drop_path_rate", within(float, 0, 0.99), 0.2, "share of a batch that skips a branch")
-    add("--num_register_tokens", count, 4, "register tokens")
-    add("--layerscale", weight, 0.1, "first value of the LayerScale factors")
-    add("--global_crops_size", size, 224, "side of the 2 global views, pixels")
-    add("--local_crops_size", size, 96, "side of the local views, pixels")
-    add("--global_crops_scale", share, [0.4, 1.0], "range of the share of the area", nargs=2)
-    add("--local_crops_scale", share, [0.05, 0.4], "range of the share of the area", nargs=2)
-    add("--local_crops_number", count, 10, "local views of an image")
-
-    add("--mask_sample_probability", share, 0.5, "share of the global views that are masked")
-    text = "range of the share of their patches that are masked"
-    add("--mask_ratio_min_max", share, [0.1, 0.5], text, nargs=2)
-    add("--ibot_loss_weight", weight, 1.0, "weight of the masked patches' loss")
-
-    add("--coeff", weight, 1.0, "weight of the mean cosine")
-    add("--eps_sq", positive, 0.4, "square of the radius epsilon in the coding rate R")
-    text = "images whose R is taken together [128; small: 64; --eps: a micro-batch]; 0: all"
-    add("--group_size", count, None, text)
-    add("--eps", positive, None, "official flag for --eps_sq: N times the groups of a step")
-    add("--gamma", weight, None, "weight of R [1 / 256 + 1 / batch_size]")
-    add("--expa_type", int, 1, "R of z_s: 0, or of (z_s + z_t) / 2: 1", choices=(0, 1))
-
-    add("--epochs", size, 100, "passes over the images, in whole steps")
-    add("--batch_size", size, None, "images of a step, on all GPUs [1024; small images: 64]")
-    text = "of a GPU at a time [128; small: 64]; without --batch_size: that many x GPUs a step"
-    add("--batch_size_per_gpu", size, None, text)
-    add("--lr", positive, 0.004, "peak learning rate, times the root of batch_size / 1024")
-    add("--layerwise_decay", share, 0.9, "factor of the learning rate from a block to one below")
-    add("--patch_embed_lr_mult", weight, 0.2, "factor of the patch embedding's learning rate")
-    add("--min_lr", weight, 1e-6, "learning rate that is approached at the end")
-    add("--warmup_epochs", weight, 10.0, "epochs in which the learning rate rises from 0")
-    add("--weight_decay", weight, 0.04, "weight decay at the start")
-    add("--weight_decay_end", weight, 0.4, "weight decay that is approached at the end")
-    add("--clip_grad", weight, 3.0, "largest gradient norm of backbone, of head; 0: no clipping")
-    add("--momentum_teacher", share, 0.9, "momentum of the teacher at the start; approaches 1")
-    add("--max_steps", count, 0, "stop early, after so many steps; 0: after --epochs")
-
-    text = "auto: bf16 or else fp16 on GPUs, off: float32"
-    add("--amp", str, "auto", text, choices=("auto", "bf16", "fp16", "off"))
-    switch("--compile", "compile transformer blocks and colour jitter into fewer kernels")
-    switch("--grad_checkpointing", "compute activations twice: slower, a quarter of the memory")
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    add("--num_workers", count, min(10, cores), "data-loading workers per GPU")
-    add("--saveckp_freq", count, 10, "keep a copy after epoch 1 and then every N epochs; 0: none")
-    add("--eval_freq", count, 10, "k-NN accuracy every N epochs; 0: none")
-
-    argv = sys.argv[1:] if argv is None else argv
-    for flag in OFFICIAL.keys() & {text.split("=")[0] for text in argv}:
-        sys.exit(f"{flag} is an official flag that is not here: write {OFFICIAL[flag]}")
     args = parser.parse_args(argv)
-    if small := args.small_images or args.data_path is None:
-        args = parser.parse_args([*SMALL.split(), *argv])
-    for pixels in [args.global_crops_size, args.local_crops_size][: 1 + args.local_crops_number]:
-        if pixels % args.patch_size:
-            sys.exit(f"crops of {pixels} pixels: no multiple of --patch_size {args.patch_size}")
-    if args.warmup_epochs >= args.epochs:
-        sys.exit(f"--warmup_epochs {args.warmup_epochs:g} must be below --epochs {args.epochs}")
+    if args.data_path is None or args.small_images:
+        parser.set_defaults(**SMALL)
+        args = parser.parse_args(argv)
+    if args.batch_size_per_gpu is None:
+        args.batch_size_per_gpu = min(128, args.batch_size // WORLD)
+    args.group_size = min(args.group_size, args.batch_size)
 
-    usual, batch = (64, 64) if small else (128, 1024)
-    batch = args.batch_size or batch
-    size = args.batch_size_per_gpu or usual
-    if args.batch_size_per_gpu and not args.batch_size:  # as in DINO: a step of one round
-        batch = size * WORLD
-    size = min(size, max(1, batch // WORLD))
-    group = (size if args.eps else usual) if args.group_size is None else args.group_size
-    group, in_round = min(group or batch, batch), size * WORLD
-    if batch % in_round:
-        fit = f"{max(1, batch // in_round) * in_round} or {(batch // in_round + 1) * in_round}"
-        sys.exit(f"--batch_size {batch} is not made of rounds of {WORLD} x {size}: try {fit}")
-    if size % group and (group % size or in_round % group):  # in no micro-batch, nor made of them
-        fit = f"a divisor of {size}, or a multiple that divides {in_round}"
-        sys.exit(f"--group_size {group} does not fit {WORLD} processes x {size} images: try {fit}")
-    args.batch_size, args.batch_size_per_gpu, args.group_size = batch, size, group
-    args.eps_sq = args.eps * batch / group if args.eps else args.eps_sq
+    # What would otherwise be wrong without a word
+    in_round = WORLD * args.batch_size_per_gpu
+    if in_round < 1 or args.batch_size % in_round:
+        parser.error(
+            f"--batch_size {args.batch_size} must be a multiple of the {WORLD} processes "
+            f"x --batch_size_per_gpu {args.batch_size_per_gpu}"
+        )
+    divides = args.batch_size_per_gpu % args.group_size == 0
+    is_made_of_whole = args.group_size % args.batch_size_per_gpu == 0
+    if not divides and not (is_made_of_whole and in_round % args.group_size == 0):
+        parser.error(
+            f"--group_size {args.group_size} must divide --batch_size_per_gpu "
+            f"{args.batch_size_per_gpu}, or be a multiple of it that divides the {in_round} "
+            "images which all processes take at a time"
+        )
+    if args.warmup_epochs >= args.epochs:
+        parser.error(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     return args
+
+
+# ------------------------------------------------------------------------------ the images of a step
 
 
 def seed_from(*numbers):
@@ -774,37 +820,79 @@ def seed_from(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+class Images(Dataset):
+    """Item epoch * len + i: transform(image i), and its label, -1 for none.
+
+    What is drawn for it depends on (seed, epoch, i) alone, not on the worker. Another image, drawn
+    likewise and without a label, takes the place of one that cannot be read.
+    """
+
+    def __init__(self, root, names, labels, transform, seed=0):
+        self.root = str(root)
+        self.names = np.array(names)  # arrays: workers share them
+        self.labels = np.array(labels)
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, item):
+        epoch, index = divmod(item, len(self))
+        label = self.labels[index]
+        # torch.manual_seed would prepare the GPU too, which workers must not touch
+        torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))
+        for _ in range(1000):
+            try:
+                image = load_image(os.path.join(self.root, self.names[index]))
+                return self.transform(image), label
+            except OSError as error:
+                warnings.warn(f"another image takes its place: {error}", stacklevel=1)
+                index = torch.randint(len(self), ()).item()
+                label = -1
+        raise OSError(f"none of 1000 images in {self.root} can be read")
+
+
 @lru_cache(maxsize=1)
-def order_of(n, seed, epoch):
+def shuffled(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 class MicroBatches(Dataset):
-    """Item i is micro-batch i % parts of step i // parts: its seed, views, masks of its global
-    views, bool (2 B, N), the index (M,) of what they hide, and unreadable files.
+    """Item step * per_step + part: the seed and the views of a micro-batch, the masks of its global
+    views, bool (2 B, N), and the index (M,) of the patches that they hide.
 
-    An epoch's images, in random order, are cut into whole steps of batch_size (the rest is left
-    out), and these into parts of batch_size_per_gpu. All that is random is drawn from (seed, epoch,
-    image) in the workers and from (seed, step, part) on the device. So a run depends on
-    batch_size_per_gpu but, up to rounding, not on the number of processes; on a CPU, a resumed run
-    ends with the same bits.
+    An epoch's images, in random order, are cut into whole steps of batch_size; the rest is left
+    out. A step is cut into per_step parts of batch_size_per_gpu. All that is random is drawn from
+    (seed, epoch, image) in the workers and from (seed, step, part) on the device. So a run does not
+    depend on the number of processes, up to rounding; on a CPU, a resumed run ends with the same
+    bits.
     """
 
     def __init__(self, images, args):
-        self.images, self.seed = images, args.seed
-        self.batch, self.size = args.batch_size, args.batch_size_per_gpu
-        side = args.global_crops_size // args.patch_size
-        self.masks = 2 * self.size, side, args.mask_sample_probability, args.mask_ratio_min_max
+        self.images = images
+        self.seed = args.seed
+        self.batch_size = args.batch_size
+        self.size = args.batch_size_per_gpu
+        self.per_step = args.batch_size // args.batch_size_per_gpu
+        self.side = args.global_crops_size // args.patch_size
+        self.probability = args.mask_sample_probability
+        self.ratios = args.mask_ratio_min_max
 
-    def __getitem__(self, i):
-        n, (step, part) = len(self.images), divmod(i, self.batch // self.size)
-        epoch, step_of_epoch = divmod(step, n // self.batch)
-        first = step_of_epoch * self.batch + part * self.size
-        chosen = epoch * n + order_of(n, self.seed, epoch)[first : first + self.size]
-        views, _, problems = default_collate([self.images[key] for key in chosen.tolist()])
-        masks = block_masks(*self.masks, seed=(self.seed, chosen[0]))
-        hidden = masks, masks.flatten().nonzero().flatten()
-        return seed_from(self.seed, step, part), views, *hidden, [*filter(None, problems)]
+    def __getitem__(self, item):
+        n = len(self.images)
+        step, part = divmod(item, self.per_step)
+        epoch, step_of_epoch = divmod(step, n // self.batch_size)
+        first = step_of_epoch * self.batch_size + part * self.size
+        chosen = shuffled(n, self.seed, epoch)[first : first + self.size].tolist()
+        views, _ = default_collate([self.images[epoch * n + i] for i in chosen])
+        seed = (self.seed, epoch * n + chosen[0])
+        masks = block_masks(2 * self.size, self.side, self.probability, self.ratios, seed)
+        index = masks.flatten().nonzero().flatten()
+        return seed_from(self.seed, step, part), views, masks, index
+
+
+# ------------------------------------------------------------------------------------- the training
 
 
 def build(args, device):
@@ -813,177 +901,238 @@ def build(args, device):
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
-    torch.manual_seed(seed_from(args.seed))
-    shape = {"img_size": args.global_crops_size, "patch_size": args.patch_size, **ARCHS[args.arch]}
-    shape |= {"num_register_tokens": args.num_register_tokens, "layerscale": args.layerscale}
-    backbone = VisionTransformer(**shape, drop_path_rate=args.drop_path_rate)
+    torch.manual_seed(args.seed)
+    shape = ARCHS[args.arch]
+    backbone = VisionTransformer(
+        args.global_crops_size,
+        args.patch_size,
+        **shape,
+        drop_path_rate=args.drop_path_rate,
+        num_register_tokens=args.num_register_tokens,
+        layerscale=args.layerscale,
+    )
     backbone.grad_checkpointing = args.grad_checkpointing
-    head, n = ProjectionHead(shape["embed_dim"], args.hidden_dim), args.batch_size
-    gamma = 1 / 256 + 1 / n if args.gamma is None else args.gamma
+    head = ProjectionHead(shape["embed_dim"], args.hidden_dim)
+    gamma = args.gamma
+    if gamma is None:
+        gamma = SimDINOLoss.default_gamma(OUT_DIM, args.batch_size)
     loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, gamma, args.expa_type)
-    rounds = n // (args.batch_size_per_gpu * WORLD)
+    rounds = args.batch_size // (args.batch_size_per_gpu * WORLD)
     student = Network(OrderedDict(backbone=backbone, head=head)).to(device)
     groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr_mult)
-    weight, clip_grad = args.ibot_loss_weight, args.clip_grad
-    model = SimDINO(student, groups, loss_fn, weight, clip_grad, rounds, dtype)
-    if device.type == "cpu":  # there, fused attention has a slow backward pass in bf16
-        torch.backends.cuda.enable_flash_sdp(dtype == torch.float32)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    weight = args.ibot_loss_weight
+    model = SimDINO(student, groups, loss_fn, weight, args.clip_grad, rounds, dtype)
     if args.compile:
         if device.type == "cpu" and torch.__version__ < "2.7":  # its index_put does not add there
             sys.exit("--compile without a GPU needs PyTorch 2.7 or newer")
         torch._dynamo.config.optimize_ddp = False  # it splits graphs; blocks need none
-        blocks = *model.student.backbone.blocks, *model.teacher.backbone.blocks
-        for part in (*blocks, grayscale, blend, adjust_hue):
-            part.compile(dynamic=False)
+        for block in [*model.student.backbone.blocks, *model.teacher.backbone.blocks]:
+            block.compile(dynamic=False)
     if WORLD > 1:
         ddp = nn.parallel.DistributedDataParallel
         model.model = ddp(model.student, gradient_as_bucket_view=True)
+    millions = sum(p.numel() for p in model.params) / 1e6
+    say(f"{args.arch} in {dtype}, with its head {millions:.1f} million parameters")
     return model
 
 
 def cosine_schedule(base, final, total_steps, warmup_steps=0):
-    """(total_steps,) values: linear from 0 to base over the warm-up, then half a cosine."""
+    """A list of total_steps values: linear from 0 to base over the warm-up, then half a cosine."""
+    warmup = np.linspace(0, base, warmup_steps)
     progress = np.arange(total_steps - warmup_steps) / (total_steps - warmup_steps)
     cosine = final + (base - final) * (1 + np.cos(np.pi * progress)) / 2
-    return np.concatenate([np.linspace(0, base, warmup_steps), cosine])
+    return [*warmup.tolist(), *cosine.tolist()]
+
+
+def schedules(args, steps_per_epoch):
+    """Learning rate, weight decay and momentum of the teacher: three lists, one value a step."""
+    steps = args.epochs * steps_per_epoch
+    warmup_steps = int(args.warmup_epochs * steps_per_epoch)
+    peak_lr = args.lr * math.sqrt(args.batch_size / 1024)
+    lr = cosine_schedule(peak_lr, args.min_lr, steps, warmup_steps)
+    wd = cosine_schedule(args.weight_decay, args.weight_decay_end, steps)
+    momentum = cosine_schedule(args.momentum_teacher, 1.0, steps)
+    return lr, wd, momentum
+
+
+def start_run(args, path, images, model):
+    """A new run, or the one that is saved at path: all that checkpoints hold but model.saved."""
+    run = {
+        "args": vars(args),
+        "images": hashlib.sha256(os.fsencode("\n".join(images.names))).hexdigest()[:16],
+        "epoch": 0,  # how many are finished
+        "metrics": [],  # loss, comp, expa and patch of each finished step of the current epoch
+        "log": [],  # a dictionary for each finished epoch
+    }
+    if any(all_gather(path.exists())):
+        restore(path, run, model)
+    elif args.pretrained_weights:
+        load_pretrained(args.pretrained_weights, model)
+    steps_per_epoch = len(images) // args.batch_size
+    # With --resume_anyway and other images, an epoch may have fewer steps than before.
+    del run["metrics"][steps_per_epoch - 1 :]
+    run["step"] = run["epoch"] * steps_per_epoch + len(run["metrics"])
+    if len(set(all_gather((run["images"], run["step"])))) > 1:
+        sys.exit("the processes find different images or checkpoints: they have to share a disk")
+    return run
 
 
 def main():
-    """Train; save after each epoch, every 15 minutes, at the end, and at a signal."""
-    args, device = parse_args(), start_process()
-    cuda, output = device.type == "cuda", Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "log.txt").touch()  # a folder that cannot be written is known at the start
-    images, judged = open_images(args)
-    batch, per_epoch = args.batch_size, len(images) // args.batch_size
-    steps = args.epochs * per_epoch
-    end = min(steps, args.max_steps or steps)
+    """Train; save after each epoch, every 15 minutes, and at a signal."""
+    args = parse_args()
+    device = start_process()
+    path = Path(args.output_dir, "checkpoint.pth")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images, knn_images = open_images(args)
     model = build(args, device)
-    card = torch.cuda.get_device_name() if cuda else "CPU"
-    millions = sum(p.numel() for p in model.params) / 1e6
-    say(f"{WORLD} x {card}, {str(model.dtype)[6:]}: {args.arch}, {millions:.1f} M parameters")
-    shares = f"{model.rounds} rounds x {WORLD} processes x {args.batch_size_per_gpu}"
-    say(f"a step: {batch} images = {shares}; {steps} steps = {args.epochs} epochs of {per_epoch}")
-
-    # Start, or resume. metrics: a row for each finished step of the current epoch
-    path, state = output / "checkpoint.pth", {"epoch": 0, "log": [], "metrics": []}
-    run = vars(args) | {"images": hashlib.sha256(b"\0".join(images.names)).hexdigest()[:16]}
-    if any(all_gather(path.exists())):
-        state = restore(path, run, model)
-    elif args.pretrained_weights:
-        load_pretrained(args.pretrained_weights, model)
-    log, metrics = state["log"], state["metrics"]
-    del metrics[per_epoch - 1 :]  # with --resume_anyway, the epoch may now be shorter
-    done = state["epoch"] * per_epoch + len(metrics)
-    state |= {"step": done, "args": run}
-    if len({*all_gather((run["images"], done))}) > 1:
-        sys.exit("the processes find different images or checkpoints: they have to share a disk")
-
-    # Schedules, one value a step
-    warmup = int(args.warmup_epochs * per_epoch)
-    lr = cosine_schedule(args.lr * math.sqrt(batch / 1024), args.min_lr, steps, warmup).tolist()
-    wd = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
-    momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
+    steps_per_epoch = len(images) // args.batch_size
+    last_step = args.epochs * steps_per_epoch
+    say(
+        f"a step: {args.batch_size} images = {model.rounds} rounds x {WORLD} processes x "
+        f"{args.batch_size_per_gpu}; {last_step} steps = {args.epochs} epochs x {steps_per_epoch}"
+    )
+    if args.max_steps:
+        last_step = min(last_step, args.max_steps)
+    lr, wd, momentum = schedules(args, steps_per_epoch)
+    run = start_run(args, path, images, model)
 
     # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
-    caught, parts = catch_signals(), model.rounds * WORLD
-    items = range(done * parts + PROCESS, end * parts, WORLD)
-    workers = {"num_workers": args.num_workers, "pin_memory": cuda, "worker_init_fn": catch_signals}
-    workers["timeout"] = 900 * bool(args.num_workers)  # seconds: a worker that hangs ends the run
+    signals = catch_signals()
+    per_step = model.rounds * WORLD
+    items = range(run["step"] * per_step + PROCESS, last_step * per_step, WORLD)
+    workers = {
+        "num_workers": args.num_workers,
+        "pin_memory": device.type == "cuda",
+        "worker_init_fn": ignore_signals,
+        "timeout": 900 if args.num_workers else 0,  # seconds: a worker that hangs ends the run
+    }
     data = iter(DataLoader(MicroBatches(images, args), batch_size=None, sampler=items, **workers))
-    saved, chunk = time.monotonic(), 3
-    while True:
-        epoch, i = divmod(done, per_epoch)
-        due = judged and i == 0 and (epoch % args.eval_freq == 0 or done >= end)
-        if due and (not log or log[-1]["knn"] is None):
-            accuracy = knn_accuracy(*(embed(model, split, workers) for split in judged))
+    last_save = time.monotonic()
+    last_line = 0.0
+
+    for epoch in range(run["epoch"], args.epochs + 1):
+        # k-NN before the first epoch, after some and after the last; if a kill prevented it, now.
+        begin = epoch * steps_per_epoch
+        over = run["step"] >= last_step
+        missing = not run["log"] or run["log"][-1]["knn"] is None
+        if (
+            knn_images
+            and missing
+            and run["step"] == begin
+            and (over or epoch % args.eval_freq == 0)
+        ):
+            bank = embed(model, knn_images["train"], workers)
+            accuracy = knn_accuracy(bank, embed(model, knn_images["val"], workers))
             say(f"k-NN accuracy after epoch {epoch}: {accuracy:.1f} %")
-            if log:
-                log[-1]["knn"] = accuracy
-                save(path, model, state)
-        if done >= end:
+            if run["log"]:
+                run["log"][-1]["knn"] = accuracy
+                save(path, run, model)
+        if over:
             break
 
-        # A chunk of at most 10 steps, about 5 seconds, in which nothing waits for the device
-        clock, waited, new, unread = time.monotonic(), 0.0, [], []
-        if cuda and i == 0:
-            torch.cuda.reset_peak_memory_stats()  # the peak of training, not of k-NN
-        for step in range(done, min(done + chunk, done - i + per_epoch, end)):
-            asked = time.monotonic()
-            micro_batches = [next(data) for _ in range(model.rounds)]
-            waited += time.monotonic() - asked
-            unread += chain(*(files for *_, files in micro_batches))
-            means, z_s, z_t = model.step(micro_batches, lr[step], wd[step], momentum[step])
-            new.append(means)
+        end = min(begin + steps_per_epoch, last_step)
+        first = run["step"]
+        clock = time.monotonic()
+        waited = 0.0  # seconds for data
+        while run["step"] < end:
+            # A chunk of about ten micro-batches, in which the CPU does not wait for the GPU
+            chunk = []  # of each step: mean loss, comp, expa and patch loss
+            chunk_end = min(run["step"] + max(1, 10 // model.rounds), end)
+            for step in range(run["step"], chunk_end):
+                asked = time.monotonic()
+                micro_batches = [next(data) for _ in range(model.rounds)]
+                waited += time.monotonic() - asked
+                means, rows = model.step(micro_batches, lr[step], wd[step], momentum[step])
+                chunk.append(means)
 
-        # The host waits for the device, and the processes exchange what they have
-        new, now, k = torch.stack(new).tolist(), time.monotonic(), len(new)
-        more = [WORLD * len(unread) / k, waited / k, (now - clock) / k]
-        told = [row + more for row in new], unread, max(caught, default=0), now - saved > 900
-        rows, files, signals, late = zip(*all_gather(told))
-        rows, done, number = np.mean(rows, axis=0), done + k, max(signals)
-        check(np.isfinite(rows).all() and model.scaler.get_scale() >= 1, done)  # 1 without fp16
-        named = round(sum(row[-3] for row in metrics))  # at most three in an epoch
-        for file in [*chain(*files)][: max(0, 3 - named)]:
-            say(f"another image takes the place of one that cannot be read: {file}")
-        metrics += rows.tolist()
-        chunk = int(np.clip(5 / rows[0, -1], 1, 10))
-        over = done % per_epoch == 0
-        rank = effective_rank(((z_s[:2] + z_t) / 2).flatten(0, 1))
-        loss, comp, expa, patch, bad, wait, seconds = np.mean(metrics, axis=0).tolist()
-        line = f"epoch {epoch + 1}/{args.epochs} step {done}/{steps} loss {rows[-1, 0]:.3f} "
-        line += f"comp {rows[-1, 1]:.3f} expa {rows[-1, 2]:.3f} "
-        line += f"patch {-rows[-1, 3]:.3f} rank {rank:.1f} "
-        line += f"{batch / seconds:.0f} img/s ETA {timedelta(seconds=int((end - done) * seconds))}"
-        if on_terminal() or over or done >= end or now // 60 > clock // 60:
-            say(line, stays=over or done >= end)
-        if over:
-            span = slice(done - per_epoch, done)
-            entry = {"epoch": epoch, "train_loss": loss, "train_comp_loss": comp}
-            entry["train_ibot_loss"] = patch
-            entry |= {"train_expa_loss": expa, "train_lr": float(np.mean(lr[span]))}
-            entry |= {"train_wd": float(np.mean(wd[span])), "rank": rank, "knn": None}
-            entry |= {"dist": (z_s[:2] - z_t).norm(dim=-1).mean().item(), "img_s": batch / seconds}
-            entry |= {"data_wait": wait / seconds, "bad_images": round(bad * per_epoch)}
-            entry["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-            if log and rank < min(2, 1.05 * log[-1]["rank"]):  # low, and not on its way up
-                text = "a larger --group_size or --gamma, a smaller --eps_sq or a lower --lr"
-                say(f"warning: collapse, all features are alike: try {text}")
-            log.append(entry)
-            metrics.clear()
-        state |= {"step": done, "epoch": done // per_epoch}
-        if over and args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            save(output / f"checkpoint{epoch:04}.pth", model, state)
-        if number or max(late) or over or done >= end:
-            save(path, model, state)
-            saved = time.monotonic()
-        if number:
-            say(f"{signal.Signals(number).name}: saved {path} at step {done}; rerun to resume")
-            os._exit(128 + number)
-    if WORLD > 1:
-        time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
-        dist.destroy_process_group()
-    atexit.unregister(os._exit)
+            # Here the CPU waits for the GPU, and the processes tell each other what happened.
+            report = {
+                "metrics": torch.stack(chunk).tolist(),
+                "signal": max(signals, default=0),
+                "late": time.monotonic() - last_save > 15 * 60,
+            }
+            reports = all_gather(report)
+            metrics = np.mean([report["metrics"] for report in reports], axis=0)  # (steps, 4)
+            finite = np.isfinite(metrics).all() and model.is_finite()
+            if not finite or model.scaler.get_scale() < 1:  # the scale is 1 without fp16
+                sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
+            run["step"] = chunk_end
+            run["metrics"] += metrics.tolist()
+
+            loss, comp, expa, patch = run["metrics"][-1]
+            rank = effective_rank(rows)  # of this process's last micro-batch
+            now = time.monotonic()
+            seconds = (now - clock) / (chunk_end - first)  # of a step
+            if chunk_end == end or os.isatty(1) or now - last_line > 60:
+                left = timedelta(seconds=int((last_step - chunk_end) * seconds))
+                line = (
+                    f"epoch {epoch + 1}/{args.epochs} step {chunk_end}/{last_step} "
+                    f"loss {loss:.3f} comp {comp:.3f} expa {expa:.3f} patch {-patch:.3f} rank {rank:.1f} "
+                    f"{args.batch_size / seconds:.0f} img/s ETA {left}"
+                )
+                say(line, passing=chunk_end < end)
+                last_line = now
+
+            if chunk_end == begin + steps_per_epoch:
+                loss, comp, expa, patch = np.mean(run["metrics"], axis=0).tolist()
+                entry = {
+                    "epoch": epoch,
+                    "train_loss": loss,
+                    "train_comp_loss": comp,
+                    "train_expa_loss": expa,
+                    "train_ibot_loss": patch,
+                    "train_lr": float(np.mean(lr[begin:end])),
+                    "train_wd": float(np.mean(wd[begin:end])),
+                    "rank": rank,
+                    "knn": None,
+                    "img_s": args.batch_size / seconds,
+                    "data_wait": waited / (now - clock),
+                }
+                run["log"].append(entry)
+                run["epoch"] = epoch + 1
+                run["metrics"] = []
+                if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+                    save(path.with_name(f"checkpoint{epoch:04}.pth"), run, model)
+            stop = max(report["signal"] for report in reports)
+            late = any(report["late"] for report in reports)
+            if stop or late or chunk_end == end:
+                save(path, run, model)
+                last_save = time.monotonic()
+            if stop:
+                say(f"{signal.Signals(stop).name}: saved {path} at step {chunk_end}")
+                os._exit(128 + stop)
+    end_process()
 
 
-# ====================================================================== 3. What the run stands on
+# ======================================================================= 3. The helpers of the run
 
-# ----------------------------------------------------------------------- the processes, and signals
+# ------------------------------------------------------------------------- the processes and signals
 
 
 def start_process():
     """The device of this process, which joins the others."""
-    atexit.register(os._exit, 1)  # Python would wait for workers, which catch signals; see main()
+    if __name__ == "__main__":
+        # After an error, Python would wait for the workers, which ignore its SIGTERM.
+        atexit.register(os._exit, 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
+    name = "the CPU"
     if cuda:
         torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name()
     elif torch.version.cuda:
-        say(f"no GPU, so on the CPU; an NVIDIA card needs a driver for CUDA {torch.version.cuda}")
+        name = f"the CPU; a GPU would need a driver for CUDA {torch.version.cuda}"
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    say(f"{WORLD} processes on {name}")
     return device
+
+
+def end_process():
+    if WORLD > 1:
+        time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
+        dist.destroy_process_group()
+    atexit.unregister(os._exit)
 
 
 def all_gather(value):
@@ -994,186 +1143,135 @@ def all_gather(value):
     return values
 
 
-def on_terminal():
-    return getattr(sys.stdout, "isatty", bool)()  # it may be None, or what a notebook puts there
+def gather_rows(x):
+    """The rows (n, ...) of all processes, in their order; n is the same on each."""
+    rows = [x]
+    if WORLD > 1:
+        rows = [torch.empty_like(x) for _ in range(WORLD)]
+        dist.all_gather(rows, x)
+    return torch.cat(rows)
 
 
-def say(text, stays=True):
-    """Print on the first process; on a terminal, the next line replaces one that does not stay."""
-    if on_terminal():  # clear the line; cut one that does not stay, so that it does not wrap
-        text = "\r\033[K" + text[: None if stays else shutil.get_terminal_size().columns - 1]
+def say(text, passing=False):
+    """Print on the first process. On a terminal, the next line takes the place of a passing one."""
+    end = "\n"
+    if os.isatty(1):
+        if passing:  # cut it: a line that wraps could not be replaced
+            text = text[: shutil.get_terminal_size().columns - 1]
+            end = ""
+        text = "\r\033[K" + text  # to the line's start, and clear it
     try:
         if PROCESS == 0:
-            print(text, end="\n" if stays or not on_terminal() else "", flush=True)
-    except OSError:  # a closed terminal or pipe costs the line, not the run
+            print(text, end=end, flush=True)
+    except OSError:  # a closed terminal or pipe costs the lines, not the run
         sys.stdout = None
 
 
-def catch_signals(worker=None):
-    """A list to which signals are added from now on; the process saves, then ends itself. Ctrl-C
-    after a first signal ends it at once. Workers catch signals to outlive them until it ends."""
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    SIGNALS.append(signal.SIGUSR1)
+
+
+def catch_signals():
+    """A list to which signals are added from now on: the run saves, then ends."""
     caught = []
 
-    def note(number, _):
+    def handler(number, frame):
         caught.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if PROCESS == 0 and worker is None:
-            with suppress(Exception):  # without print(), which it may have interrupted
-                os.write(sys.stderr.fileno(), b"\nends soon, or after k-NN; at once: Ctrl-C\n")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C after a signal ends the run at once
 
-    names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
-    for number in signal.Signals:  # under nohup SIGHUP stays ignored
-        if number.name in names and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
+    for number in SIGNALS:
+        signal.signal(number, handler)
     return caught
+
+
+def ignore_signals(worker):
+    """Workers ignore signals, so that the main process can still read from them until it saves."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------- the images and their labels
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-EXTENSIONS += (".ppm", ".pgm")
-HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE", "lost+found")  # names that begin so are skipped
-
 
 def load_image(path):
-    """An image that Pillow reads -> uint8 (3, H, W), RGB on white, upright by its EXIF data.
-
-    Of several frames, the first. Grayscale of more than 8 bits is stretched from its own lowest to
-    its highest value. OSError for what cannot be read, and for more than 179 million pixels,
-    Pillow's limit: a file of a few bytes may claim any number of them.
-    """
+    """An image file -> uint8 (3, H, W), RGB, upright by its EXIF data; the first of several frames.
+    OSError, which names the file, for all that cannot be read."""
     try:
+        # By name, Pillow would map some TIFF files to memory, and forget their orientation
         with open(path, "rb") as file, Image.open(file) as image:
-            tag, raw = getattr(image, "tag_v2", {}).get, str(image.tile)  # tag: of a TIFF
-            deep = max(tag(258, [8])) > 8 or ";16" in raw
-            misread = [
-                tag(277, 1) > len(image.getbands()),  # it drops bands beyond colours
-                deep and (tag(284) == 2 or tag(262) == 0),  # band after band; white is 0
-                2 in tag(339, []) and image.mode == "L",  # signed bytes
-                "libtiff" in raw and ("32B" in raw or "16BS" in raw),  # compressed, big-endian
-            ]
-            if any(misread):
-                raise ValueError("a kind of TIFF that Pillow misreads")
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip at 255
-                pixels = np.asarray(image, dtype=float)
-                finite = pixels[np.isfinite(pixels)]
-                pixels = np.nan_to_num((pixels - finite.min()) / max(np.ptp(finite), 1e-12))
-                image = Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
-            elif deep and max(high for _, high in image.getextrema()[:3]) < 64:
-                raise ValueError("16-bit colours below 2^14: Pillow reads the upper 8 bits alone")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image if image.mode == "RGB" else image.convert("RGB")
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            if image.mode.startswith(("I", "F")):  # convert() would clip their values at 255
+                raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
+            return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # there is no end to what a decoder may raise
-        raise OSError(f"{os.fspath(path)!a} ({' '.join(str(error).split())})") from error
-
-
-class Images(Dataset):
-    """Item epoch * len + i: transform(image i), its label, and which file could not be read, or "".
-
-    What is drawn for it depends on (seed, epoch, i) alone, not on the worker. Another image, drawn
-    likewise, takes the place of one that cannot be read.
-    """
-
-    def __init__(self, root, names, labels, transform, seed=0):
-        self.root, self.transform, self.seed = str(root), transform, seed
-        self.names, self.labels = np.array(names), np.array(labels)  # arrays: workers share them
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, key):
-        epoch, index = divmod(key, len(self))
-        seed, problem = seed_from(self.seed, epoch, index), ""
-        torch.default_generator.manual_seed(seed)  # seeds the CPU's generator only
-        for attempt in range(1000):
-            try:
-                image = load_image(os.path.join(self.root, os.fsdecode(self.names[index])))
-                return self.transform(image), self.labels[index], problem
-            except OSError as error:
-                problem = problem or str(error)
-                index = np.random.default_rng((seed, attempt)).integers(len(self))
-        raise OSError(f"none of 1000 images in {self.root} can be read, nor {problem}")
+        raise OSError(f"cannot read {path}: {error}") from error
 
 
 def find_images(root):
-    """Sorted names (bytes, relative to root) of the images below root, each folder visited once;
-    the number of all other files by their ending; real paths of folders and of linked images."""
-    names, others, seen, folders, links = [], Counter(), set(), [root], []
-    while folders or links:
-        folder = (folders or links).pop()  # links last, so that a folder keeps its own name
-        real = os.path.realpath(folder)
-        entries = [] if real in seen else sorted(os.scandir(folder), key=lambda entry: entry.name)
-        seen.add(real)
-        for entry in entries:
-            if entry.name.startswith(HIDDEN):
-                continue
-            linked = entry.is_symlink()
-            exists = not linked or os.path.exists(entry)  # not a broken link, nor one to itself
-            if exists and entry.is_dir():
-                (links if linked else folders).append(entry.path)
-            elif exists and entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
-                names.append(os.fsencode(entry.path)[len(os.fsencode(root)) + 1 :])
-                if linked:
-                    seen.add(os.path.realpath(entry))
+    """The names of all images below root, relative to it, and their classes: the first folder of a
+    name, or "" if it has none. Names that begin with "." are skipped."""
+
+    def stop(error):  # os.walk would go on without a folder that cannot be read
+        raise error
+
+    names = []
+    classes = []
+    others = 0
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=stop):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        below = Path(folder).relative_to(root)
+        for file in sorted(name for name in files if not name.startswith(".")):
+            if file.lower().endswith(IMG_EXTENSIONS):
+                names.append(str(below / file))
+                classes.append(below.parts[0] if below.parts else "")
             else:
-                others[os.path.splitext(entry.name)[1]] += 1
-    return sorted(names), others, seen
-
-
-def find_data(root):
-    """[(folder, names, labels)], label -1 for none: of the images to train on and, where k-NN is
-    possible, of those to judge by. Says what there is, what is not used, and why no k-NN."""
-    used = [name for name in ("train", "val", "test") if os.path.lexists(root / name)][:2]
-    if "train" not in used:
-        used = [""]
-    elif unused := [x for x in os.listdir(root) if x not in used and not x.startswith(HIDDEN)]:
-        unused.sort(key=lambda name: (os.path.isfile(root / name), name))  # folders first
-        say(f"not used: {', '.join(unused[:5])}{', ...' * (len(unused) > 5)} in {root}")
-    splits, places, classes = [], [], None
-    for folder in [root / name for name in used]:
-        names, others, seen = find_images(folder)
-        places.append(seen)
-        firsts = [os.fsdecode(name).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
-        here = sorted({*firsts} - {""})  # the first folder of a name, if it has one, is its class
-        classes = here if classes is None else classes
-        index = {name: i for i, name in enumerate(classes)}
-        splits.append((folder, names, [index.get(name, -1) for name in firsts]))
-        say(f"{folder}: {len(names)} images, {len(here)} class folders {', '.join(here[:3])}")
-        if others:
-            say(f"not read: {others.total()} files, with endings {dict(others.most_common(5))}")
-    # Of the first and the last split, real folders, linked images, and the folders of these
-    first, last = [{*seen, *map(os.path.dirname, seen)} for seen in (places[0], places[-1])]
-    unknown, common = {*here} - {*classes}, places[0] & last or places[-1] & first
-    if not common and here and len(classes) > 1 and not unknown:
-        return splits
-    text = f"; not in train/: {', '.join(sorted(unknown)[:3])}" if unknown else ""
-    say(f"no k-NN accuracy: it needs train/ and other images of its classes in val/ or test/{text}")
-    return splits[:1]
+                others += 1
+    count = len(set(classes) - {""})
+    say(f"{root}: {len(names)} images, {count} class folders, {others} other files")
+    return names, classes
 
 
 def open_images(args):
-    """Images to train on; Images to learn from and to judge by for k-NN, or none."""
-    root = Path(args.output_dir, "patterns") if args.data_path is None else Path(args.data_path)
-    if args.data_path is None and PROCESS == 0 and not root.exists():
+    """Images to train on and, if k-NN is possible, {"train": Images, "val": Images} for it."""
+    root = Path(args.output_dir, "patterns")
+    if args.data_path is not None:
+        root = Path(args.data_path)
+    elif PROCESS == 0 and not root.exists():
         render_patterns(root)
-    all_gather("the patterns are drawn")
-    splits = find_data(root)
-    n, in_round = len(splits[0][1]), args.batch_size_per_gpu * WORLD
-    if n < args.batch_size:
-        fit = n // in_round * in_round or min(n, args.group_size) // WORLD * WORLD
-        advice = f"try --batch_size {fit}" if fit else "give another --data_path"
-        sys.exit(f"{n} images in {splits[0][0]}, fewer than a step: {advice}")
-    side, scales = args.global_crops_size, (args.global_crops_scale, args.local_crops_scale)
-    crop = MultiCrop(side, args.local_crops_size, *scales, args.local_crops_number)
-    images, center = Images(*splits[0], crop, args.seed), partial(center_crop, size=side)
-    judged = [Images(*split, center) for split in splits if splits[1:] and args.eval_freq]
-    for some in [images, *judged]:
-        some[0]  # raises if no image can be read
-    return images, judged
+    all_gather(None)  # all processes wait until the patterns are there
+    train = root
+    if os.path.lexists(root / "train"):
+        train = root / "train"
+    if not train.is_dir():
+        sys.exit(f"there is no folder {train}")
+    names, classes = find_images(train)
+    if len(names) < args.batch_size:
+        sys.exit(f"{len(names)} images in {train}: a step takes --batch_size {args.batch_size}")
+    known = sorted(set(classes) - {""})
+    number_of = {name: number for number, name in enumerate(known)}
+    labels = [number_of.get(name, -1) for name in classes]
+    crop = MultiCrop(
+        args.global_crops_size,
+        args.local_crops_size,
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.local_crops_number,
+    )
+    images = Images(train, names, labels, crop, args.seed)
+    images[0]  # raises if no image can be read
+
+    # k-NN learns from train/ and is judged on another folder with the same classes.
+    folders = [root / name for name in ("val", "valid", "validation", "test")]
+    val = [folder for folder in folders if folder.is_dir() and train != root]
+    if args.eval_freq and len(known) > 1 and val and val[0].resolve() != train.resolve():
+        val_names, val_classes = find_images(val[0])
+        val_labels = [number_of.get(name, -1) for name in val_classes]
+        if max(val_labels, default=-1) >= 0:
+            center = partial(center_crop, size=args.global_crops_size)
+            bank = Images(train, names, labels, center)
+            return images, {"train": bank, "val": Images(val[0], val_names, val_labels, center)}
+    say("no k-NN accuracy: it needs --eval_freq, and the same two or more classes in train/, val/")
+    return images, {}
 
 
 # -------------------------------------------------------------------------------- the built-in data
@@ -1184,14 +1282,16 @@ def draw_pattern(kind, rng, size=32):
 
     Half of its pixels are light and half dark, so that brightness tells nothing of the kind.
     """
-    angle, cells = rng.uniform(0, 2 * np.pi), rng.uniform(2.2, 4.2)
+    angle = rng.uniform(0, 2 * np.pi)
+    cells = rng.uniform(2.2, 4.2)  # along a side
     y, x = (np.mgrid[: 2 * size, : 2 * size] / (2 * size) - 0.5) * cells
     p = x * np.cos(angle) + y * np.sin(angle) + rng.uniform()
     q = y * np.cos(angle) - x * np.sin(angle) + rng.uniform()
-    u, v = abs(p % 1 - 0.5), abs(q % 1 - 0.5)  # distances from the middle of a cell
+    u = abs(p % 1 - 0.5)  # distances from the middle of a cell
+    v = abs(q % 1 - 0.5)
     bond = abs((p + 0.5 * (np.floor(q) % 2)) % 1 - 0.5)  # every other row half a cell on
     odd = (np.floor(p) + np.floor(q)) % 2
-    height = (
+    heights = [
         u,  # stripes
         (p % 1 - 0.5) * (q % 1 - 0.5),  # checks
         np.hypot(u, v),  # discs
@@ -1202,7 +1302,8 @@ def draw_pattern(kind, rng, size=32):
         np.where(odd, abs(2 * p % 1 - 0.5), abs(2 * q % 1 - 0.5)),  # weave
         p % 1 - 2 * v,  # triangles
         np.hypot(bond, q % 1),  # scallops
-    )[kind]
+    ]
+    height = heights[kind]
     light = np.sign(height - np.median(height)) * rng.choice([-1, 1])
     light = light.reshape(size, 2, size, 2).mean((1, 3))
     noise = rng.normal(0, rng.uniform(3, 15), (size, size))
@@ -1213,42 +1314,51 @@ def draw_pattern(kind, rng, size=32):
 def render_patterns(root):
     """The built-in data: PNG files root/{train,val}/<kind>/<number>.png, always the same ones."""
     temporary = Path(f"{root}.partial")
-    for split, count in ("train", 320), ("val", 80):
-        for kind, number in product(range(10), range(count)):
-            file = temporary / split / str(kind) / f"{number:03}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draw_pattern(kind, np.random.default_rng((split == "val", kind, number))).save(file)
+    for split, count in [("train", 320), ("val", 80)]:
+        for kind in range(10):
+            folder = temporary / split / str(kind)
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                rng = np.random.default_rng((split == "val", kind, number))
+                draw_pattern(kind, rng).save(folder / f"{number:03}.png")
     temporary.rename(root)
 
 
-# ---------------------------------------------------------------------------------------- the k-NN
+# ------------------------------------------------------------------------------------- k-NN and rank
 
 
 def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size): for 224, Resize(256), CenterCrop(224) if it is larger."""
-    short = min(image.shape[1:])
-    image = TF.center_crop(image, [min(side, 2 * short) for side in image.shape[1:]])  # trim
-    short = max(size, min(short, size * 8 // 7))
-    image = TF.resize(image, short, TF.InterpolationMode.BICUBIC, antialias=True)
-    return TF.center_crop(image, size)
+    height, width = image.shape[1:]
+    short = min(height, width)
+    # Cut what a strip has beyond two squares, which would grow with it
+    trimmed = TF.center_crop(image, [min(height, 2 * short), min(width, 2 * short)])
+    resized_short = max(size, min(short, size * 8 // 7))
+    resized = TF.resize(trimmed, resized_short, InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop(resized, [size, size])
 
 
 @torch.no_grad()
 def embed(model, images, workers):
     """On all processes: unit features (n, D) of the teacher's backbone and labels (n,), of the
     images that have a label and can be read."""
-    rows, share = [], math.ceil(len(images) / WORLD)  # equal shares: some images are taken twice
-    chosen = [i % len(images) for i in range(PROCESS * share, (PROCESS + 1) * share)]
-    for x, label, problems in DataLoader(images, 256, sampler=chosen, **workers):
+    n = len(images)
+    share = math.ceil(n / WORLD)  # shares are equal, to be gathered: some images are taken twice
+    chosen = [i % n for i in range(PROCESS * share, (PROCESS + 1) * share)]
+    own_features = []
+    own_labels = []
+    for x, y in DataLoader(images, batch_size=256, sampler=chosen, **workers):
         with model.autocast:
             z = model.teacher.backbone(normalize(x.to(model.device) / 255))
-        label[torch.tensor([problem > "" for problem in problems])] = -1
-        rows.append(torch.cat([F.normalize(z.float(), dim=-1), label[:, None].to(z.device)], dim=1))
-    rows = SimDINOLoss.gather(torch.cat(rows))[: len(images)]
-    rows = rows[rows[:, -1] >= 0]
-    if len(rows) < len(images):
-        say(f"k-NN: {len(images) - len(rows)} images have no label or are unreadable: left out")
-    return rows[:, :-1], rows[:, -1].long()
+        own_features.append(F.normalize(z.float(), dim=-1))
+        own_labels.append(y.to(model.device))
+    features = gather_rows(torch.cat(own_features))[:n]
+    labels = gather_rows(torch.cat(own_labels))[:n]
+    known = labels >= 0
+    if not known.all():
+        text = f"k-NN leaves out {n - int(known.sum())} of {n} images in {images.root}"
+        say(f"{text}: they cannot be read, or have no class of train/")
+    return features[known], labels[known]
 
 
 def knn_accuracy(train, val, k=20, temperature=0.07):
@@ -1256,110 +1366,107 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
 
     train, val: unit features (n, D) and labels (n,).
     """
-    (bank, labels), hits = train, 0
-    for z, y in zip(*(column.split(256) for column in val)):
+    bank, bank_labels = train
+    features, labels = val
+    classes = int(bank_labels.max()) + 1
+    correct = 0
+    for z, y in zip(features.split(256), labels.split(256)):
         cosine, nearest = (z @ bank.mT).topk(min(k, len(bank)))
-        votes = torch.zeros(len(z), int(labels.max()) + 1, device=z.device)
-        votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
-        hits += (votes.argmax(1) == y).sum().item()
-    return 100 * hits / len(val[1])
+        votes = torch.zeros(len(z), classes, device=z.device)
+        votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
+        correct += (votes.argmax(1) == y).sum().item()
+    return 100 * correct / len(labels)
+
+
+@torch.no_grad()
+def effective_rank(rows):
+    """How many directions rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ.
+
+    1 when all rows are alike, at most min(n, d). The rows of the built-in run are 2 views of 64
+    images. Their rank falls to 1.1 in the warm-up, the first epoch, and then rises to @R2. So judge
+    after the second epoch: a rank below 2 that does not rise is a collapse. The CPU waits here.
+    """
+    gram = (rows.mT @ rows).nan_to_num().double().cpu()  # d x d: the CPU is faster than the GPU
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
+    p = eigenvalues / eigenvalues.sum()
+    return torch.exp(-(p * p.log()).sum()).item()
 
 
 # ------------------------------------------------------------------------- weights and checkpoints
 
 
-def read(path):
-    """The dictionary in a .pth file; no code in it is run. ValueError for all else."""
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # there is no end to what a damaged file may make its reader raise
-        raise ValueError(f"missing, damaged or not plain data: {type(error).__name__}") from error
-
-
 def load_pretrained(path, model):
-    """Start student and teacher from weights named as here, in DINO or in timm. Positions of
-    another grid are interpolated; the head is taken if its shapes are this head's."""
-    backbone, head = {}, {}
-    try:
-        state = read(path)
-        for name, tensor in state.get("teacher", state.get("model", state)).items():
-            name = name.replace("module.", "").replace("backbone.", "")
-            (head if name.startswith("head.") else backbone)[name.removeprefix("head.")] = tensor
-        own, n = model.student.backbone.state_dict(), backbone["pos_embed"].shape[1]
-        backbone.setdefault("mask_token", own["mask_token"])
-        registers = backbone.pop("reg_token", own["register_tokens"][:, :0])  # timm's name
-        backbone.setdefault("register_tokens", registers)
-        if math.isqrt(n) ** 2 == n:  # timm's: no position of the CLS token
-            backbone["pos_embed"] = F.pad(backbone["pos_embed"], (0, 0, 1, 0))
-        cls, grid = backbone["pos_embed"].tensor_split([1], dim=1)
-        grid = grid.unflatten(1, (math.isqrt(grid.shape[1]), -1)).permute(0, 3, 1, 2).float()
-        size = 2 * [model.student.backbone.side]
+    """Start student and teacher from the weights in a file, named as here or in DINOv2. Positions of
+    another grid are interpolated. A head is taken if it has the shapes of this one."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    backbone = {}
+    head = {}
+    for name, tensor in state.get("teacher", state).items():
+        name = name.removeprefix("module.").removeprefix("backbone.")
+        if name.startswith("head."):
+            head[name.removeprefix("head.")] = tensor
+        else:
+            backbone[name] = tensor
+    student = model.student
+    cls, grid = backbone["pos_embed"].tensor_split([1], dim=1)
+    side = math.isqrt(grid.shape[1])
+    if side != student.backbone.side:
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        size = [student.backbone.side] * 2
         grid = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).mT
         backbone["pos_embed"] = torch.cat([cls, grid], dim=1)
-        model.student.backbone.load_state_dict(backbone)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        other = f"eval_linear.py --weights {path} --export start.pth reads other formats"
-        why = f"{' '.join(str(error).split())}; is it of this --arch and --patch_size?"
-        sys.exit(f"cannot start from {path}: {why} {other}")
-    fits = {k: x.shape for k, x in model.student.head.state_dict().items()}
-    head = {k: x for k, x in head.items() if k in fits and x.shape == fits[k]}
-    if len(head) == len(fits):
-        model.student.head.load_state_dict(head)
-    for p in model.params if WORLD > 1 else []:  # path may be another file on another machine
-        dist.broadcast(p.data, src=0)
-    model.teacher.load_state_dict(model.student.state_dict())
-    say(f"starts from {path}: backbone{' and head' if len(head) == len(fits) else ''}")
+    own = student.backbone.state_dict()
+    for name in ("mask_token", "register_tokens"):  # not all weights have them: they start anew
+        backbone.setdefault(name, own[name])
+    student.backbone.load_state_dict(backbone)
+    loaded = "backbone"
+    shapes = {name: tensor.shape for name, tensor in student.head.state_dict().items()}
+    if shapes == {name: head[name].shape for name in shapes if name in head}:
+        student.head.load_state_dict({name: head[name] for name in shapes})
+        loaded = "backbone and head"
+    if WORLD > 1:  # path may be another file on another machine
+        for p in model.params:
+            dist.broadcast(p.data, src=0)
+    model.teacher.load_state_dict(student.state_dict())
+    say(f"starts from {path}: {loaded}")
 
 
-def check(finite, step):
-    if not finite:
-        sys.exit(f"not finite by step {step}: try --amp off, or --resume_anyway and a lower --lr")
-
-
-def save(path, model, state):
-    """Write model and state to path, which is never half written, and the log beside it."""
-    numbers = [*model.params, *chain(*(x.values() for x in model.optimizer.state.values()))]
-    check(all(x.isfinite().all() for x in numbers), state["step"])
+def save(path, run, model):
+    """Write run and model to path, which is never half written, and the log beside it."""
     if PROCESS == 0:
         partial_path = path.with_suffix(f".partial{os.getpid()}")  # two runs may share a folder
         try:
             with partial_path.open("wb") as file:
-                torch.save(state | {k: x.state_dict() for k, x in model.parts.items()}, file)
+                states = {name: part.state_dict() for name, part in model.saved.items()}
+                torch.save(run | states, file)
                 file.flush()
                 os.fsync(file.fileno())
-            lines = "".join(json.dumps(entry) + "\n" for entry in state["log"])
-            path.with_name("log.txt").write_text(lines)
+            lines = [json.dumps(entry) + "\n" for entry in run["log"]]
+            path.with_name("log.txt").write_text("".join(lines))
             partial_path.replace(path)
-        except (OSError, RuntimeError) as error:  # torch.save's has the disk's as context
+        finally:
             partial_path.unlink(missing_ok=True)
-            sys.exit(f"cannot write {path}: {error.__context__ or error}")
-    all_gather("saved: from here on, a process may end")
+    all_gather(None)  # all processes wait: one may end only when all is saved
 
 
 def restore(path, run, model):
-    """Load the checkpoint at path into model, if it is of this run; -> what else it holds."""
-    try:
-        state = read(path)
-        old = state.get("args", {})
-        changed = [key for key in run if key not in FREE and old.get(key) != run[key]]
-        if changed and not run["resume_anyway"]:
-            text = "; ".join(f"{key} {old.get(key)}, not {run[key]}" for key in changed)
-            ways = "give another --output_dir, or --resume_anyway"
-            sys.exit(f"{path} is of another run ({text}): {ways}")
-        for name, part in model.parts.items():
-            if values := state.pop(name):  # empty: the scaler of a run without fp16
-                part.load_state_dict(values)
-        text = ", so --pretrained_weights is not read" if run["pretrained_weights"] else ""
-        say(f"resumed {path}, saved at step {state['step']}{text}")
-        return {key: state[key] for key in ("epoch", "log", "metrics")}
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        sys.exit(f"cannot resume {path}: {' '.join(str(error).split())}")
+    """Load the checkpoint at path into run and model, if it is of this run."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    old = state["args"] | {"images": state["images"]}
+    new = run["args"] | {"images": run["images"]}
+    changed = [
+        name for name in new if name not in MAY_CHANGE_ON_RESUME and old.get(name) != new[name]
+    ]
+    if changed and not run["args"]["resume_anyway"]:
+        text = "; ".join(f"{name} {old.get(name)}, not {new[name]}" for name in changed)
+        sys.exit(f"{path} is of another run ({text}): give another --output_dir or --resume_anyway")
+    for name, part in model.saved.items():
+        if state[name]:  # the scaler's is empty if the run was without fp16
+            part.load_state_dict(state[name])
+    for name in ("epoch", "metrics", "log"):
+        run[name] = state[name]
+    say(f"resumed {path}, saved at step {state['step']}")
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
-    try:
-        main()
-    except OSError as error:  # its text names a file or folder, and what is wrong with it
-        sys.exit(str(error))
+    main()

@@ -21,6 +21,7 @@ import simdino
 
 parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
 parser.add_argument("--prototypes", type=int, default=512)
+parser.add_argument("--eps", type=float, default=0.05)
 parser.add_argument("--teacher_temp", type=float, default=0.04)
 parser.add_argument("--frozen_steps", type=int, default=78, help="of the prototypes: an epoch")
 OWN, sys.argv[1:] = parser.parse_known_args()
@@ -30,7 +31,7 @@ main_dino = importlib.import_module("main_dino")
 
 def official(model, args):
     views = 2 + args.local_crops_number
-    mcr = main_dino.MCRLoss(views, 0, args.expa_type, args.eps, args.coeff)
+    mcr = main_dino.MCRLoss(views, 0, args.expa_type, OWN.eps, args.coeff)
 
     def loss_fn(z_s, z_t):
         loss, comp, expa = mcr(z_s.flatten(0, 1), z_t.flatten(0, 1))

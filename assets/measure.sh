@@ -48,7 +48,7 @@ worlds() {
         run="torchrun --nproc_per_node=$W"
         $run simdino.py $same --batch_size_per_gpu 16 --output_dir runs/world-$W
         $run simdinov2.py $same --batch_size_per_gpu 16 --layerscale 1 --layerwise_decay 1 --output_dir runs/world2-$W
-        PYTHONPATH=.:SimDINO/simdino $run assets/compare.py $same --batch_size_per_gpu 64 --eps 0.05 \
+        PYTHONPATH=.:SimDINO/simdino $run assets/compare.py $same --eps 0.05 \
             --output_dir runs/official-$W
     done
 }
@@ -76,7 +76,7 @@ robust() {
     change default "" ""
     change "lr × 2" - "--lr 0.002"
     change "lr × 4" "--lr 0.02" "--lr 0.004"
-    change "batch × 4" "--batch_size_per_gpu 256" "--batch_size_per_gpu 256"
+    change "batch × 4" "--batch_size 256 --batch_size_per_gpu 256" "--batch_size 256 --batch_size_per_gpu 256"
     change "slower teacher" "--momentum_teacher 0.98" "--momentum_teacher 0.996"
     change "ε² × 4" "--eps_sq 1.6" -
     change "γ × 2.4" "--gamma 0.0195" -

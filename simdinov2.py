@@ -555,7 +555,7 @@ def adjust_hue(x, shift):
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     # The hue in sixths of a turn, times chroma. Where the largest channel is blue, the hue is
-    # 4 + (r - g) / chroma; where it is green, 2 + (b - r) / chroma; where it is red, (g - b) / chroma.
+    # 4 + (r - g) / chroma; where green, 2 + (b - r) / chroma; where red, (g - b) / chroma.
     hue_chroma = r - g + 4 * chroma
     hue_chroma = torch.where(value == g, b - r + 2 * chroma, hue_chroma)
     hue_chroma = torch.where(value == r, g - b, hue_chroma)

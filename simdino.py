@@ -957,8 +957,8 @@ def main():
         started = time.monotonic()
         waited = 0.0
         while run["step"] < stop:
-            # About ten micro-batches, then the CPU waits for the GPU, and the processes meet.
-            end = min(run["step"] + max(1, 10 // model.rounds), stop)
+            # Ten micro-batches or more, then the CPU waits for the GPU, and the processes meet.
+            end = min(run["step"] + math.ceil(10 / model.rounds), stop)
             metrics, rows, seconds = take_steps(model, data, schedule, range(run["step"], end))
             waited += seconds
             report = {

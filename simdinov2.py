@@ -1079,7 +1079,7 @@ def main():
         is_over = run["step"] >= last_step
         is_between_epochs = not run["metrics"]
         if knn_images and is_between_epochs and (is_over or epoch % args.eval_freq == 0):
-            judge(run, path, model, knn_images, loader_options)
+            log_knn_accuracy(run, path, model, knn_images, loader_options)
         if is_over:
             break
 
@@ -1255,8 +1255,7 @@ def load_image(path):
     """An image file -> uint8 (3, H, W), RGB, upright by its EXIF data; the first of several frames.
     OSError, which names the file, for all that cannot be read."""
     try:
-        # Of TIFF files that it opens by name, Pillow ignores the orientation if they are not
-        # compressed.
+        # Pillow would scramble an uncompressed TIFF file with an orientation, opened by its name.
         with open(path, "rb") as file, Image.open(file) as image:
             if image.mode.startswith(("I", "F")):  # convert() would clip their values at 255
                 raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
@@ -1401,7 +1400,7 @@ def center_crop(image, size):
     return TF.center_crop(resized, [size, size])
 
 
-def judge(run, path, model, knn_images, loader_options):
+def log_knn_accuracy(run, path, model, knn_images, loader_options):
     """Print the k-NN accuracy and save it in the last entry of the log, if it is not there yet."""
     if run["log"] and run["log"][-1]["knn"] is not None:
         return
@@ -1458,9 +1457,10 @@ def effective_rank(rows):
     """How many directions the rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ, which
     are divided by their sum before.
 
-    The rank is 1 when all rows are parallel, and at most min(n, d). The rows of the built-in run
-    are 2 views of 64 images. Their rank falls to 1.1 in the first epoch, the warm-up, and then
-    rises to 66. So judge after the second epoch: a rank below 2 that does not rise is a collapse.
+    The rank is 1 when all rows are parallel, and at most min(n, d). In the built-in run of
+    simdino.py, the rows are 2 views of 64 images. Their rank falls to 1.1 in the first epoch, the
+    warm-up, and then rises to 66. So judge a run after its second epoch: a rank below 2 that does
+    not rise is a collapse.
     """
     # The CPU waits for the GPU here. The eigenvalues of a small matrix are found faster on the CPU.
     gram = (rows.mT @ rows).nan_to_num().double().cpu()

@@ -45,6 +45,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import groupby
@@ -728,7 +729,7 @@ SMALL = {
 }
 # Options that may differ from those of the checkpoint that a run goes on from
 MAY_CHANGE_ON_RESUME = {
-    "data_path",  # the names of the images are compared instead
+    "data_path",  # the images are compared instead: see start_run
     "output_dir",
     "pretrained_weights",
     "small_images",
@@ -761,12 +762,13 @@ def parse_args(argv=None):
     def option(flag, default, text):  # of the same type as its default
         add(flag, type=type(default), default=default, help=f"{text} [{default}]")
 
-    add("--data_path", help="folder of train/ and val/, of class folders, or of images")
-    option("--output_dir", "output_simdinov2", "folder for all that the run writes")
-    add(
-        "--pretrained_weights",
-        help="start from the weights in this file, named as here or in DINOv2",
-    )
+    place = {"type": os.path.expanduser}  # a shell leaves the ~ of --output_dir=~/runs as it is
+    text = "folder of train/ and val/, of class folders, or of images"
+    add("--data_path", help=text, **place)
+    text = "folder for all that the run writes [output_simdinov2]"
+    add("--output_dir", default="output_simdinov2", help=text, **place)
+    text = "start from the weights in this file, named as here or in DINOv2"
+    add("--pretrained_weights", help=text, **place)
     add("--small_images", action="store_true", help="take the built-in run's defaults")
     add(
         "--resume_anyway",
@@ -817,8 +819,8 @@ def parse_args(argv=None):
     option("--clip_grad", 3.0, "largest gradient norm of backbone, of head; 0: no clipping")
     option("--momentum_teacher", 0.9, "momentum of the teacher at the start; it rises to 1")
     option("--max_steps", 0, "stop early, after so many steps; 0: after --epochs")
-    amp = {"choices": ("auto", "bf16", "fp16", "off"), "default": "auto"}
-    add("--amp", help="auto: on a GPU bf16, or fp16 if it has no bf16; off: float32 [auto]", **amp)
+    text = "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, as on a CPU [auto]"
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=text)
     add("--compile", action="store_true", help="compile the transformer's blocks")
     add("--grad_checkpointing", action="store_true", help="slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -947,6 +949,9 @@ def build(args, device):
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+    on_cpu = device.type == "cpu" and dtype != torch.float32
+    if on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say(f"--amp {amp} is for GPUs: this CPU has no AVX-512, so it will take many times longer")
     torch.manual_seed(args.seed)
     vit = ARCHS[args.arch]
     backbone = VisionTransformer(
@@ -1004,9 +1009,14 @@ def schedules(args, steps_per_epoch):
 
 def start_run(args, path, images, model):
     """A new run, or the one saved at path: what a checkpoint holds beside the tensors."""
+    # Other images may have the same names, so the bytes of about eight files are hashed too.
+    digest = hashlib.sha256(os.fsencode("\n".join(images.names)))
+    for name in images.names[:: len(images) // 8 + 1]:
+        with suppress(OSError):  # a file that cannot be read
+            digest.update(Path(images.root, name).read_bytes())
     run = {
         "args": vars(args),
-        "images_hash": hashlib.sha256(os.fsencode("\n".join(images.names))).hexdigest()[:16],
+        "images_hash": digest.hexdigest()[:16],
         "epoch": 0,  # how many epochs are finished
         "metrics": [],  # loss, comp, expa and patch loss of each finished step of the current epoch
         "log": [],  # a dictionary for each finished epoch
@@ -1028,19 +1038,27 @@ def take_steps(model, data, schedule, steps):
     """Train for these steps. In them the CPU does not wait for the GPU. Returns their metrics,
     (steps, 4), the rows of the last step, and the seconds of waiting for data."""
     metrics = []
-    waited = 0.0
+    waits = []
     for step in steps:
-        asked = time.monotonic()
-        micro_batches = [next(data) for _ in range(model.rounds)]
-        waited += time.monotonic() - asked
+        micro_batches = one_by_one(data, model.rounds, waits)
         settings = {name: values[step] for name, values in schedule.items()}
         means, rows = model.step(micro_batches, **settings)
         metrics.append(means)
-    return torch.stack(metrics), rows, waited
+    return torch.stack(metrics), rows, sum(waits)
+
+
+def one_by_one(data, count, waits):
+    """Yields the next count items of data, and adds the seconds of waiting for each to waits. All
+    at once, as a list, the micro-batches of many rounds would need too many open files."""
+    for _ in range(count):
+        asked = time.monotonic()
+        item = next(data)
+        waits.append(time.monotonic() - asked)
+        yield item
 
 
 def main():
-    """Train; save after each epoch, every 15 minutes, and at a signal."""
+    """Train; save after an epoch (once a minute), every 15 minutes, at a signal and at the end."""
     args = parse_args()
     device = start_process()
     path = Path(args.output_dir, "checkpoint.pth")
@@ -1056,15 +1074,18 @@ def main():
     if args.max_steps:
         last_step = min(last_step, args.max_steps)
     schedule = schedules(args, steps_per_epoch)
+    kept = math.prod(schedule["momentum"][:last_step])
+    if kept > 0.1:
+        say(
+            f"few steps: the teacher, which is the result, keeps {100 * kept:.0f} % of its first "
+            "weights. Give a lower --momentum_teacher or more --epochs"
+        )
     run = start_run(args, path, images, model)
+    if run["step"] >= last_step:
+        say(f"nothing is left to train: all {last_step} steps are done")
     signals = catch_signals()
 
-    loader_options = {
-        "num_workers": args.num_workers,
-        "pin_memory": device.type == "cuda",
-        "worker_init_fn": ignore_signals,
-        "timeout": 900 if args.num_workers else 0,  # seconds: a worker that hangs ends the run
-    }
+    loader_options = choose_loader_options(args, device)
     # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
     dataset = MicroBatches(images, args)
     first = run["step"] * dataset.parts_per_step + PROCESS
@@ -1096,12 +1117,12 @@ def main():
             report = {
                 "metrics": metrics.tolist(),
                 "signal": max(signals, default=0),
-                "late": time.monotonic() - last_save > 15 * 60,
+                "unsaved": time.monotonic() - last_save,
             }
             reports = all_gather(report)
             metrics = np.mean([each["metrics"] for each in reports], axis=0)
             caught = max(each["signal"] for each in reports)
-            is_late = any(each["late"] for each in reports)
+            unsaved = max(each["unsaved"] for each in reports)  # seconds
             is_finite = np.isfinite(metrics).all() and model.is_finite()
             if not is_finite or model.scaler.get_scale() < 1:  # the scale is 1 without fp16
                 sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
@@ -1144,7 +1165,9 @@ def main():
                 run["metrics"] = []
                 if args.saveckp_freq and epoch % args.saveckp_freq == 0:
                     save(path.with_name(f"checkpoint{epoch:04}.pth"), run, model)
-            if caught or is_late or end == stop:
+            # Not after every epoch: with few images, saving would take most of the time.
+            is_due = unsaved > 15 * 60 or (end == end_of_epoch and unsaved > 60)
+            if caught or is_due or end == last_step:
                 save(path, run, model)
                 last_save = time.monotonic()
             if caught:
@@ -1248,6 +1271,19 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def choose_loader_options(args, device):
+    """Arguments of DataLoader: how many workers load images, and how they are started."""
+    options = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
+    if args.num_workers:
+        options["worker_init_fn"] = ignore_signals
+        options["timeout"] = 900  # seconds: a worker that hangs ends the run
+        if sys.platform == "linux":
+            # Python 3.14 would start the workers from another process, a server. torchrun's SIGTERM
+            # ends the server before the run is saved, and after an error it stays for ever.
+            options["multiprocessing_context"] = "fork"
+    return options
+
+
 # ---------------------------------------------------------------------- the images and their labels
 
 
@@ -1257,6 +1293,8 @@ def load_image(path):
     try:
         # Pillow would scramble an uncompressed TIFF file with an orientation, opened by its name.
         with open(path, "rb") as file, Image.open(file) as image:
+            # A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes less time.
+            image.draft("RGB", (1024, 1024))
             if image.mode.startswith(("I", "F")):  # convert() would clip their values at 255
                 raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
             return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
@@ -1404,6 +1442,7 @@ def log_knn_accuracy(run, path, model, knn_images, loader_options):
     """Print the k-NN accuracy and save it in the last entry of the log, if it is not there yet."""
     if run["log"] and run["log"][-1]["knn"] is not None:
         return
+    say("k-NN: computing the features of all images", passing=True)
     bank = embed(model, knn_images["train"], loader_options)
     accuracy = knn_accuracy(bank, embed(model, knn_images["val"], loader_options))
     say(f"k-NN accuracy after epoch {run['epoch']}: {accuracy:.1f} %")

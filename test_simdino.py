@@ -8,6 +8,7 @@ import ast
 import atexit
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -178,6 +179,14 @@ def ends(processes, seconds=300):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return [process.returncode for process in processes], outputs
+
+
+def wait_for(path, process):
+    """Until the process, which must go on, has written the file."""
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def weights_of(folder):
@@ -724,6 +733,19 @@ def test_load_image_applies_exif_orientation(tmp_path, orientation, extension):
     expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
     image = simdino.load_image(path).permute(1, 2, 0).numpy()
     assert image.shape == expected.shape and np.abs(image - expected).mean() < 6
+
+
+@parametrize("side, decoded", [(2040, 2040), (2048, 1024), (4096, 1024)])
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path, side, decoded):
+    image = Image.fromarray(np.tile(np.arange(side, dtype=np.uint8), (side + 8, 1))).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6  # lying on its side
+    image.save(tmp_path / "large.jpg", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "large.jpg")).convert("RGB")
+    expected = expected.reduce(side // decoded)
+    pixels = simdino.load_image(tmp_path / "large.jpg").permute(1, 2, 0).numpy()
+    difference = np.abs(pixels - np.asarray(expected, dtype=float))
+    assert difference.mean() < 1 if side > decoded else not difference.any()
 
 
 @parametrize("content, reason", [(0, "cannot identify"), (3000, "truncated"), (-1, "No such file")])
@@ -1438,6 +1460,17 @@ def test_the_schedules_are_those_of_the_flags(script, finished):
         assert [entry[key] for entry in log_of(finished[0])] == pytest.approx(means, rel=1e-9)
 
 
+@parametrize("momentum, kept", [(0.996, "97 %"), (0.8, "24 %"), (0.6, None)])
+def test_a_run_of_few_steps_names_the_momentum_of_the_teacher(
+    script, pictures, tmp_path, capsys, momentum, kept
+):
+    flags = tiny(pictures, tmp_path, "--eval_freq 0 --momentum_teacher", momentum)
+    train(*flags, script=script)
+    warned = re.findall("few steps: .*", capsys.readouterr().out)
+    assert len(warned) == (kept is not None)
+    assert all(f"keeps {kept}" in line and "--momentum_teacher" in line for line in warned)
+
+
 def test_a_run_goes_on_in_another_precision_and_back(script, pictures, tmp_path):
     for steps, amp in enumerate(("off", "fp16", "off", "bf16", "fp16"), start=2):
         flags = tiny(pictures, tmp_path, f"--amp {amp} --max_steps {steps}")
@@ -1494,10 +1527,16 @@ def check_same_bits(folder, other):
     assert [x | times for x in log_of(folder)] == [x | times for x in log_of(other)]
 
 
-def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, finished, pictures, tmp_path):
+def test_a_run_killed_and_resumed_ends_with_the_same_bits(
+    script, finished, pictures, tmp_path, capsys
+):
     output, flags = tmp_path / "out", tiny(pictures, tmp_path / "out")
-    # By SIGKILL, when the second epoch's log is there, and its checkpoint is not
+    # By SIGKILL, when the second epoch's log is there, and its checkpoint is not. A clock that runs
+    # fast: every epoch is saved.
     code = """
+    from itertools import count
+    script.time = type(os)("time")
+    script.time.monotonic = count(0, 100).__next__
     replace, calls = script.Path.replace, []  # of checkpoint0000.pth, checkpoint.pth, again
     def killed(*paths):
         calls.append(1)
@@ -1513,6 +1552,9 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, finished, pict
     for name, accuracy in ("knn_accuracy", None), ("effective_rank", log_of(finished[0])[1]["knn"]):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(script, name, lambda *_: signal.default_int_handler(2, None))
+            patch.setattr(
+                script, "time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__)
+            )
             train(*flags, script=script)
         state = weights_of(output)
         assert (state["step"], state["log"][1]["knn"]) == (6, accuracy), "made up for"
@@ -1526,6 +1568,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, finished, pict
     before = files_of(output)
     train(*flags, script=script)
     assert files_of(output) == before, "it was over"
+    assert capsys.readouterr().out.endswith("nothing is left to train: all 12 steps are done\n")
 
 
 SIGNAL = """
@@ -1565,14 +1608,35 @@ def test_two_processes_agree_on_a_signal_and_go_on_to_the_same_bits(worlds, pict
 
 def test_torchrun_hands_a_signal_on_and_the_run_is_saved(pictures, tmp_path):
     flags = tiny(pictures, tmp_path, "--epochs", 100_000, "--eval_freq", 0)
-    (process,), deadline = launch(simdino, *flags, world=2, launcher=True), time.monotonic() + 300
-    while not (tmp_path / "checkpoint.pth").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    (process,) = launch(simdino, *flags, world=2, launcher=True)
+    wait_for(tmp_path / "checkpoint0002.pth", process)
     process.send_signal(signal.SIGTERM)
     (status,), (printed,) = ends([process])
     assert status and f"SIGTERM: saved {tmp_path}/checkpoint.pth at step " in printed
     assert f" at step {weights_of(tmp_path)['step']}\n" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and other systems spawn workers")
+@parametrize("method", ["fork", "spawn", "forkserver"])
+def test_torchruns_sigterm_to_all_processes_saves_and_leaves_none(pictures, tmp_path, method):
+    code = f"import multiprocessing; multiprocessing.set_start_method('{method}')"
+    flags = tiny(pictures, tmp_path, "--epochs 100_000 --eval_freq 0 --num_workers 2")
+    (process,) = launch(simdino, *flags, code=code)
+    wait_for(tmp_path / "checkpoint0002.pth", process)
+    os.killpg(process.pid, signal.SIGTERM)  # the workers too, and the server of forkserver
+    (status,), (printed,) = ends([process])
+    assert status == 143 and f"SIGTERM: saved {tmp_path}/checkpoint.pth at step " in printed
+    left = [process.pid]
+    deadline = time.monotonic() + 30  # workers look after the main process every 5 seconds
+    while left and time.monotonic() < deadline:
+        time.sleep(0.1)
+        left = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == process.pid and state != "Z":
+                    left.append(path)
+    assert not left
 
 
 def test_a_ctrl_c_after_a_signal_ends_at_once():
@@ -1585,14 +1649,31 @@ def test_a_ctrl_c_after_a_signal_ends_at_once():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
-def test_long_epochs_are_saved_every_15_minutes(monkeypatch, pictures, tmp_path):
-    saved, clock, step, save = [0], [], simdino.SimDINO.step, simdino.save
-    monkeypatch.setattr(simdino, "time", SimpleNamespace(monotonic=lambda: 100 * len(clock)))
+@parametrize(
+    "seconds, flags, expected",
+    [
+        (100, "--batch_size 1 --epochs 2", [10, 20, 30, 40, 50, 60]),  # a chunk is 1,000 s
+        (3, "--batch_size 10 --group_size 10 --epochs 20", [21, 42, 60]),  # an epoch is 9 s
+    ],
+)
+def test_saved_every_15_minutes_and_after_an_epoch_if_a_minute_has_passed(
+    monkeypatch, pictures, tmp_path, seconds, flags, expected
+):
+    saved, clock, step, save = [], [], simdino.SimDINO.step, simdino.save
+    monkeypatch.setattr(simdino, "time", SimpleNamespace(monotonic=lambda: seconds * len(clock)))
     monkeypatch.setattr(simdino.SimDINO, "step", lambda *x, **y: clock.append(1) or step(*x, **y))
     monkeypatch.setattr(simdino, "save", lambda *x: saved.append(x[1]["step"]) or save(*x))
-    more = "--eval_freq 0 --saveckp_freq 0 --batch_size 1 --batch_size_per_gpu 1 --epochs 2"
-    train(*tiny(pictures, tmp_path, more))
-    assert saved == [0, 10, 20, 30, 40, 50, 60], "a chunk is ten micro-batches, here 1,000 seconds"
+    train(*tiny(pictures, tmp_path, "--eval_freq 0 --saveckp_freq 0", flags))
+    assert saved == expected
+
+
+def test_a_step_of_many_rounds_needs_few_open_files(script, pictures, tmp_path):
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
+    more = "--batch_size 30 --batch_size_per_gpu 1 --group_size 1 --epochs 2 --eval_freq 0"
+    (status,), (printed,) = ends(
+        launch(script, *tiny(pictures, tmp_path, more, "--num_workers 1"), code=code)
+    )
+    assert status == 0, printed
 
 
 # ----------------------------------------------------------------------- a run is what its flags say
@@ -1626,6 +1707,12 @@ def test_the_same_command_with_another_method_does_not_resume(script, copied, pi
     # As many images, one of another name
     other = Path(shutil.copytree(pictures, tmp_path / "other"))
     (other / "train" / "kind0" / "0.png").rename(other / "train" / "kind0" / "new.png")
+    message = expect_stop(*tiny(other, copied, "--group_size 4"), script=script)
+    assert re.search(r"images_hash \w+, not \w+", message) and files_of(copied) == before
+    # Other images of the same names
+    other = Path(shutil.copytree(pictures, tmp_path / "same_names"))
+    for path in other.glob("train/*/*"):
+        path.write_bytes(path.read_bytes() + b"more")
     message = expect_stop(*tiny(other, copied, "--group_size 4"), script=script)
     assert re.search(r"images_hash \w+, not \w+", message) and files_of(copied) == before
 

@@ -1058,7 +1058,7 @@ def one_by_one(data, count, waits):
 
 
 def main():
-    """Train; save after epochs (at most once a minute), every 15 minutes, at a signal, at the end."""
+    """Train; save after epochs (at most once a minute), every 15 minutes, and at a signal."""
     args = parse_args()
     device = start_process()
     path = Path(args.output_dir, "checkpoint.pth")

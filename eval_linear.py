@@ -9,18 +9,22 @@
     python eval_linear.py --weights FILE --pictures OUT.png PHOTO...
     python eval_linear.py --weights FILE --export OUT.pth                    # for timm
 
-FILE holds a plain ViT of simdino.py, simdinov2.py, official SimDINO(v2), DINO(v2) or timm. Its shape
-is read off the weights, but for the number of heads.
+FILE holds a plain ViT of simdino.py, simdinov2.py, official SimDINO(v2), DINO(v2) or timm. All but
+the number of heads is read off the shapes of its weights.
 
 The first command computes DINO's weighted k-NN accuracy. Then it trains 52 linear classifiers at
-once, on random crops: DINOv2's 4 kinds of features x 13 learning rates. The best one is chosen on
-images of train/ that are held out. It alone is tried on val/. With --cached, the classifiers see
-one central crop of each image, so the backbone computes each image once, not in every epoch.
+once on random crops of the images: DINOv2's 4 kinds of features x 13 learning rates. The best one
+is chosen on images of train/ that are held out, and it alone is tried on val/. With --cached, the
+classifiers see the central crop of each image, so the backbone computes each image only once.
 
-In --output_dir, results.jsonl gets a line with the figures and the options, predictions.csv has
-a line for each image of val/, and classifier.pth is the chosen classifier. With the same --batch_size,
-the figures are the same on any number of processes, up to rounding. If the program is ended while
-it trains classifiers, the same command goes on from the last epoch.
+--output_dir then has results.jsonl, a line for each run with its figures and options;
+predictions.csv, a line for each image of val/; and classifier.pth, the chosen classifier. With the
+same --batch_size, the figures are the same on any number of processes, up to rounding. If it is
+interrupted while it trains classifiers, the same command resumes from their last epoch, after it
+has extracted the features again.
+
+--segment resizes images and masks to one size and trains linear classifiers of patches. Its figures
+are of the resized masks, so they are not those of papers, which judge masks of the first size.
 
 Section 1 is what is computed: features, k-NN, probe, segmentation. Section 2 is the program: the
 options, and what each command does. Section 3 holds the helpers that both use.
@@ -42,7 +46,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import product
@@ -90,15 +94,14 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """x times scale, times a learned factor for each channel. Small factors start a deep ViT close
-    to the identity."""
+    """x times a learned factor for each channel."""
 
-    def __init__(self, dim, value):
+    def __init__(self, dim):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
+        self.gamma = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x, scale=1.0):
-        return x * (scale * self.gamma).to(x.dtype)
+    def forward(self, x):
+        return x * self.gamma.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -106,12 +109,12 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.ls1 = LayerScale(dim, 1.0) if layerscale else nn.Identity()
+        self.ls1 = LayerScale(dim) if layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(  # the names are timm's
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         )
-        self.ls2 = LayerScale(dim, 1.0) if layerscale else nn.Identity()
+        self.ls2 = LayerScale(dim) if layerscale else nn.Identity()
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -121,9 +124,10 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """The ViT of SimDINO and of SimDINOv2, without what only training needs.
 
-    side: patches along a side of the images that it was trained on. registers: their number, or
-    None for a model without them. layerscale: whether it has LayerScale. mean and std are those of
-    the pixels that the weights expect: ImageNet's, unless others are set.
+    side: patches along a side of the images that it was trained on. registers: their number. None:
+    a model of before they were known, whose positions are resized as DINO does. layerscale: whether
+    it has LayerScale. mean and std are those of the pixels that the weights expect: ImageNet's,
+    unless others are set.
     """
 
     def __init__(self, side, patch_size, embed_dim, depth, num_heads, registers, layerscale):
@@ -200,6 +204,9 @@ class VisionTransformer(nn.Module):
 # ------------------------------------------------------------------------------------- the features
 
 
+CLS = -2  # the row of the last block's CLS token in the features (5, D) of an image
+
+
 @torch.no_grad()
 def encode(model, x):
     """uint8 (B, 3, H, W) -> (B, 5, D): CLS tokens of the last 4 blocks, mean patch of the last."""
@@ -227,8 +234,8 @@ def encode_patches(model, x):
 def knn(bank, bank_labels, features, neighbours=(10, 20, 100, 200), temperature=0.07):
     """k-NN as in DINO: the k nearest rows of the bank vote with exp(cosine / temperature).
 
-    bank (N, D), bank_labels (N,), features (n, D). Returns {k: predicted labels (n,)}, where a k
-    above N is N, and the cosine of each feature and the row nearest to it, (n,).
+    bank (N, D), bank_labels (N,), features (n, D). Returns a dictionary, for each k (or N if k is
+    larger) the predicted labels (n,), and the cosine (n,) of each feature and its nearest row.
     """
     classes = int(bank_labels.max()) + 1
     bank = F.normalize(bank.float(), dim=-1)
@@ -249,18 +256,17 @@ def knn(bank, bank_labels, features, neighbours=(10, 20, 100, 200), temperature=
 def accuracies(predicted, labels):
     """Top-1 accuracy, and the mean of the classes' accuracies, in %. predicted, labels: (n,)."""
     correct = (predicted == labels).double()
-    images = labels.bincount()  # of each class
-    class_accuracies = labels.bincount(correct) / images
+    class_sizes = labels.bincount()
+    class_accuracies = labels.bincount(correct) / class_sizes
     return {
         "top1": 100 * correct.mean().item(),
-        "class_mean": 100 * class_accuracies[images > 0].mean().item(),
+        "class_mean": 100 * class_accuracies[class_sizes > 0].mean().item(),
     }
 
 
 # --------------------------------------------------------------------------------- the linear probe
 
-CLS = -2  # of an image's features (5, D), the CLS token of the last block
-KINDS = {  # the features that a classifier sees
+KINDS = {  # which rows of an image's features (5, D) a classifier sees
     "1 block": slice(-2, -1),
     "1 block + patches": slice(-2, 5),
     "4 blocks": slice(0, -1),
@@ -276,19 +282,19 @@ class Probe(nn.Module):
 
     def __init__(self, model, classes):
         super().__init__()
-        rows = range(min(4, len(model.blocks)) + 1)
+        rows = range(min(4, len(model.blocks)) + 1)  # of the features
         self.heads = nn.ModuleList()
         for kind, _ in CANDIDATES:
-            seen = len(rows[KINDS[kind]])
-            self.heads.append(nn.Linear(seen * model.width, classes))
+            seen_rows = rows[KINDS[kind]]
+            self.heads.append(nn.Linear(len(seen_rows) * model.width, classes))
 
     def scores(self, number, features):
-        """Of one candidate: (B, 5, D) -> (B, classes)."""
+        """The scores of candidate `number`: (B, 5, D) -> (B, classes)."""
         kind, _ = CANDIDATES[number]
         return self.heads[number](features[:, KINDS[kind]].flatten(1).float())
 
     def loss(self, number, features, labels):
-        """Its cross-entropy, summed over the images; label -1 is left out."""
+        """The cross-entropy of candidate `number`, summed over the images with a label >= 0."""
         scores = self.scores(number, features)
         return F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum")
 
@@ -296,35 +302,37 @@ class Probe(nn.Module):
 def hold_out(labels, fewest, seed):
     """Cut n images in two: those to choose the best candidate by, and those to train on.
 
-    A tenth is held out, at most 10,000 images and at least `fewest`, or half of all if that is less.
-    Each class keeps an image to train on. labels: array (n,). Returns two arrays of indices.
+    A tenth is held out, at most 10,000 images, and at least `fewest` or, if that is less, half of
+    all. Each class keeps an image to train on. labels: array (n,). Returns two arrays of indices.
     """
     n = len(labels)
     wanted = min(max(n // 10, fewest), n // 2, 10000)
     order = np.random.default_rng(seed).permutation(n)
-    _, first_of_class = np.unique(labels[order], return_index=True)
+    _, first_of_class = np.unique(labels[order], return_index=True)  # places in this order
     held = np.delete(order, first_of_class)[:wanted]
-    if len(held) < fewest / 5:
+    if len(held) < fewest / 5:  # the choice would be chance
         sys.exit(f"{n} images are too few for a probe: --epochs 0 gives k-NN alone")
     return held, np.setdiff1d(order, held)
 
 
 def choose(top1):
-    """The number of the best candidate by the accuracies of all on held-out images.
+    """The number of the best candidate, by the accuracies of all on held-out images.
 
-    The accuracy on few images depends much on chance. So a candidate counts with those of the same
-    kind at the next lower and the next higher rate: the largest mean of the three is the best.
+    Of few images, a single accuracy is much a matter of chance. So a candidate counts by the median
+    of three: its own accuracy, and those at the next lower and the next higher rate, of the same
+    kind. Among equal medians, its own accuracy decides.
     """
     top1 = np.reshape(top1, (len(KINDS), len(RATES)))
     padded = np.pad(top1, [(0, 0), (1, 1)], mode="edge")
-    three = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
-    return int(three.argmax())
+    three = np.stack([padded[:, :-2], top1, padded[:, 2:]])
+    return int((np.median(three, axis=0) + 1e-3 * top1).argmax())
 
 
 def items_of_steps(count, args, first_epoch):
-    """Yields, for each step, the list of the items that this process takes: epoch * count + image.
+    """Yields, for each step, a list: the items epoch * count + image that this process takes.
 
     An epoch's images, in random order, are cut into steps of --batch_size; the rest is left out.
+    Images draws the crop of an item from the epoch and the image.
     """
     size = min(args.batch_size, count)
     for epoch in range(first_epoch, args.epochs):
@@ -334,28 +342,26 @@ def items_of_steps(count, args, first_epoch):
             yield (epoch * count + step[PROCESS::WORLD]).tolist()
 
 
-def fit(probe, rates, batches, count, args, run):
+def fit(probe, rates, make_batches, count, args, run):
     """Train the classifiers probe.heads, each by SGD at its own rate, which falls along a cosine.
 
-    batches(items_of_steps) yields features and labels of each step, of count images in all. After
-    each epoch, the state is saved in probe.pth. If this file is of the same run, training goes on
-    from it.
+    make_batches(items_of_steps) yields features and labels of each step; count: of how many images.
+    After each epoch, the state is saved in a file. If this is of the same run, training resumes.
     """
     torch.manual_seed(args.seed)
     for head in probe.heads:  # as in DINO
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    path = Path(args.output_dir, "probe.pth")
+    path = Path(args.output_dir, f"probe-{count}.pth")
     size = min(args.batch_size, count)
     steps_per_epoch = count // size
     total = args.epochs * steps_per_epoch
     groups = [{"params": head.parameters(), "lr": 0.0} for head in probe.heads]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    run = run | {"trained_on": count}
     epoch = restore(path, probe, optimizer, run)
     step = epoch * steps_per_epoch
-    data = batches(items_of_steps(count, args, epoch))
-    for features, labels in progress(data, total - step, "training the probe: step"):
+    batches = make_batches(items_of_steps(count, args, epoch))
+    for features, labels in progress(batches, total - step, "training the probe: step"):
         optimizer.zero_grad()
         for number in range(len(rates)):  # one by one, as the scores of all may need much memory
             loss = probe.loss(number, features, labels) / size
@@ -388,7 +394,7 @@ def restore(path, probe, optimizer, run):
             probe.load_state_dict(state["probe"])
             optimizer.load_state_dict(state["optimizer"])
             epoch = state["epoch"]
-            say(f"goes on from {path}: {epoch} epochs are done")
+            say(f"resumed {path}: {epoch} epochs are done")
     if len(set(all_gather(epoch))) > 1:
         sys.exit(f"the processes find different files {path}: they have to share a disk")
     return epoch
@@ -418,12 +424,12 @@ class PatchProbe(nn.Module):
         self.eval()
 
     def scores(self, number, tokens, size):
-        """Of one candidate: (B, D, h, w) -> (B, classes, *size)."""
+        """The scores of candidate `number`: (B, D, h, w) -> (B, classes, *size)."""
         return F.interpolate(self.heads[number](self.norm(tokens)), size, mode="bilinear")
 
     def loss(self, number, tokens, masks):
-        """Its cross-entropy, the mean over pixels, summed over the images. masks: (B, H, W), -1
-        where there is no class."""
+        """The cross-entropy of candidate `number`: of each image the sum over pixels that have a
+        class, divided by all pixels; summed over images. masks: (B, H, W), -1 for no class."""
         scores = self.scores(number, tokens, masks.shape[1:])
         loss = F.cross_entropy(scores, masks, ignore_index=-1, reduction="sum")
         return loss / masks[0].numel()
@@ -431,8 +437,8 @@ class PatchProbe(nn.Module):
 
 @torch.no_grad()
 def confusion_matrices(probe, numbers, scenes, args, model):
-    """For each of these candidates (classes, classes): how many pixels of each class were given
-    which. Each process takes its share of the scenes."""
+    """For each of these candidates (classes, classes): how many pixels of a class (the row) were
+    predicted to be of which (the column). Each process takes its share of the scenes."""
     items = in_batches(range(PROCESS, len(scenes), WORLD), args)
     batches = encoded_batches(encode_patches, model, scenes, args, items)
     n = len(scenes.classes)
@@ -456,7 +462,7 @@ def segmentation_scores(counts):
     mean over the classes, and the IoU of each class, None if it does not occur."""
     hits = counts.diagonal()
     pixels = counts.sum(1)  # of each class
-    iou = 100 * hits / (pixels + counts.sum(0) - hits)  # NaN: in no mask, nor given
+    iou = 100 * hits / (pixels + counts.sum(0) - hits)  # NaN: in no mask, nor predicted
     return {
         "miou": iou.nanmean().item(),
         "pixel_accuracy": 100 * (hits.sum() / pixels.sum()).item(),
@@ -488,16 +494,14 @@ def parse_args(argv=None):
     place = {"type": os.path.expanduser}  # a shell leaves the ~ of --weights=~/w.pth as it is
     add("--weights", "--pretrained_weights", required=True, help="the file to judge", **place)
     option("--checkpoint_key", "teacher", "which weights, if the file has several")
-    text = "attention heads of the model [those of a standard ViT of its width]"
-    add("--num_heads", type=int, help=text)
+    add("--num_heads", type=int, help="attention heads [those of a standard ViT of its width]")
+    colour = {"type": float, "nargs": 3}
     text = "mean of the pixels that the weights expect [ImageNet's]"
-    add("--mean", type=float, nargs=3, default=MEAN, help=text)
-    text = "standard deviation of these pixels [ImageNet's]"
-    add("--std", type=float, nargs=3, default=STD, help=text)
+    add("--mean", default=MEAN, help=text, **colour)
+    add("--std", default=STD, help="standard deviation of these pixels [ImageNet's]", **colour)
     text = "folder of train/ and val/ with class folders; for --embed, any folder of images"
     add("--data_path", help=text, **place)
-    text = "folder in --data_path to judge on [val, valid, validation or test]"
-    add("--split", help=text)
+    add("--split", help="folder in --data_path to judge on [val, valid, validation or test]")
     option("--output_dir", "output_eval_linear", "folder for results and classifiers")
     text = "side in pixels of the central crop that the model sees [that of training, at most 224]"
     add("--crop_size", type=int, help=text)
@@ -506,14 +510,13 @@ def parse_args(argv=None):
     add("--cached", action="store_true", help=text)
     text = "images of a step of the probe, on all GPUs [256; with --segment 16]"
     add("--batch_size", type=int, help=text)
-    text = "values of masks where there is no class [255]"
+    text = "values in masks that are no class [255]"
     add("--ignore_index", type=int, nargs="+", default=[255], help=text)
     text = "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, as on a CPU [auto]"
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=text)
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     option("--num_workers", min(10, cores), "data-loading workers per GPU")
     option("--seed", 0, "seed of all that is random")
-
     modes = parser.add_mutually_exclusive_group()
     text = "segmentation by patch tokens, on images and masks that are resized to H W pixels; the "
     text += "mask of train/a/1.jpg is train_masks/a/1.png, with the number of a class in each pixel"
@@ -522,8 +525,7 @@ def parse_args(argv=None):
     modes.add_argument("--embed", metavar="OUT.npz", help=text, **place)
     text = "draw attention and patch features of images [the first 8 in --data_path]"
     modes.add_argument("--pictures", nargs="+", metavar=("OUT.png", "IMAGE"), help=text, **place)
-    text = "write the backbone as timm loads it"
-    modes.add_argument("--export", metavar="OUT.pth", help=text, **place)
+    modes.add_argument("--export", metavar="OUT.pth", help="write weights for timm", **place)
 
     args = parser.parse_args(argv)
     if args.batch_size is None:
@@ -531,8 +533,8 @@ def parse_args(argv=None):
     has_images = args.data_path or args.export or len(args.pictures or []) > 1
     if not has_images:
         parser.error("--data_path is needed")
-    if args.batch_size < WORLD:
-        parser.error(f"--batch_size must be at least the number of processes, {WORLD}")
+    if args.segment and not args.epochs:
+        parser.error("--segment needs --epochs")
     return args
 
 
@@ -547,8 +549,9 @@ def main():
     patch = model.patch_size
     say(
         f"{args.weights}: {model.prefix}*, {model.width} wide, {len(model.blocks)} blocks, "
-        f"{model.blocks[0].attn.num_heads} heads, {model.side} x {model.side} patches of {patch} "
-        f"pixels, {model.first_patch - 1} registers; left out: {', '.join(left_out) or 'nothing'}"
+        f"{model.blocks[0].attn.num_heads} heads (by the width, or --num_heads), {model.side} x "
+        f"{model.side} patches of {patch} pixels, {model.first_patch - 1} registers; left out: "
+        f"{', '.join(left_out) or 'nothing'}"
     )
     if args.crop_size is None:
         args.crop_size = min(224 // patch, model.side) * patch
@@ -576,13 +579,15 @@ def main():
     end_process()
 
 
-# ------------------------------------------------------------------------- k-NN and the linear probe
+# ------------------------------------------------------------------------ k-NN and the linear probe
 
 
 def classify(args, model):
     """k-NN and the linear probe, on images in class folders."""
     train_images, val_images, classes = open_images(args)
-    run = identify_run(args, [*train_images.names, *val_images.names])
+    files = paths_of(train_images.root, train_images.names)
+    files += paths_of(val_images.root, val_images.names)
+    run = identify_run(args, files)
     train = extract(train_images, model, args)
     val = extract(val_images, model, args)
     knn_labels, nearest = knn(train.features[:, CLS], train.labels, val.features[:, CLS])
@@ -594,13 +599,14 @@ def classify(args, model):
         "knn": {k: accuracies(predicted, val.labels) for k, predicted in knn_labels.items()},
     }
     for k, figures in results["knn"].items():
-        say(f"k-NN, k = {k}, on {val.root}: {in_words(figures)}")
+        say(f"k-NN with k = {k} on {val.root}: {in_words(figures)}")
     if results["copies"]:
         say(
             f"{results['copies']} of {len(val.names)} images to judge on have the features of a "
             "training image: if they are copies of it, all accuracies are too high"
         )
-    predictions = {"knn": knn_labels[min(20, max(knn_labels))]}
+    k = min(20, max(knn_labels))  # DINO's k; all, if there are fewer
+    predictions = {"knn": knn_labels[k]}
     if args.epochs:
         results["probe"], predictions["probe"] = linear_probe(train, val, classes, args, model, run)
     write_predictions(val, classes, predictions, args)
@@ -610,12 +616,12 @@ def classify(args, model):
 def linear_probe(train, val, classes, args, model, run):
     """Train all candidates, choose one. Returns its figures, and the labels it predicts on val."""
     n = len(train.names)
-    held, part = hold_out(train.labels.cpu().numpy(), 100, args.seed)
+    held, rest = hold_out(train.labels.cpu().numpy(), 100, args.seed)
     held_features = train.features[held]
     held_labels = train.labels[held]
     if not args.cached:
         train.features = None  # they are large, and not needed again
-    probe = train_probe(train, part, classes, args, model, run)
+    probe = train_probe(train, rest, classes, args, model, run)
     held_out = {}
     for number, (kind, rate) in enumerate(CANDIDATES):
         predicted = probe.scores(number, held_features).argmax(1)
@@ -624,8 +630,8 @@ def linear_probe(train, val, classes, args, model, run):
     name = list(held_out)[best]
     say(f"the best of {len(held_out)} classifiers on {len(held)} held-out images: {name}")
     if CANDIDATES[best][1] in (RATES[0], RATES[-1]):
-        say("its learning rate is at an end of the range: more --epochs may give a better one")
-    if len(held) > n // 10:  # few images: the probe may now have the held-out ones too
+        say("its learning rate is at an end of the range: other --epochs may give a better one")
+    if n < 1000:  # more than a tenth was held out: train once more, on all
         probe = train_probe(train, np.arange(n), classes, args, model, run)
 
     scores = probe.scores(best, val.features).detach()
@@ -642,32 +648,30 @@ def linear_probe(train, val, classes, args, model, run):
 
 
 def train_probe(train, chosen, classes, args, model, run):
-    """A Probe, trained on the chosen images."""
+    """A Probe, trained on these images: chosen are their numbers."""
     probe = Probe(model, len(classes)).to(model.cls_token.device)
     if args.cached:
-        batches = partial(cached_batches, train, chosen)
+        make_batches = partial(cached_batches, train, chosen)
     else:
         crop = v2.RandomResizedCrop(args.crop_size, interpolation=InterpolationMode.BICUBIC)
         crop = v2.Compose([crop, v2.RandomHorizontalFlip()])
         labels = train.labels[chosen].tolist()
         images = Images(train.root, train.names[chosen], labels, crop, args.seed)
-        batches = partial(encoded_batches, encode, model, images, args)
-    fit(probe, [rate for _, rate in CANDIDATES], batches, len(chosen), args, run)
+        make_batches = partial(encoded_batches, encode, model, images, args)
+    fit(probe, [rate for _, rate in CANDIDATES], make_batches, len(chosen), args, run)
     return probe
 
 
 def write_predictions(val, classes, predictions, args):
     """predictions.csv: of each image its name, its class, and what k-NN and the probe gave."""
-    names = np.array(classes)
-    columns = {"name": val.names, "class": names[val.labels.cpu()]}
-    for judge, labels in predictions.items():
-        columns[judge] = names[labels.cpu()]
     if PROCESS == 0:
         path = Path(args.output_dir, "predictions.csv")
-        with path.open("w", newline="", errors="surrogateescape") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values()))
+            writer.writerow(["name", "class", *predictions])
+            labels = torch.stack([val.labels, *predictions.values()], dim=1).tolist()
+            for name, numbers in zip(val.names, labels):
+                writer.writerow([name, *(classes[number] for number in numbers)])
 
 
 def in_words(figures):
@@ -681,14 +685,15 @@ def in_words(figures):
 def segment(args, model):
     """--segment: the linear probe of patch tokens, on images with masks."""
     train, choosing, val = open_scenes(args, model.patch_size)
-    run = identify_run(args, [*train.names, *choosing.names, *val.names])
-    first = [range(min(16, len(train)))]
-    sample, _ = next(encoded_batches(encode_patches, model, train, args, first))
+    run = identify_run(args, [*train.files(), *choosing.files(), *val.files()])
+    # Sixteen images from all over the folder, as neighbours may be alike
+    some = range(0, len(train), len(train) // 16 + 1)
+    sample, _ = next(encoded_batches(encode_patches, model, train, args, [some]))
     if not sample.isfinite().all():
         sys.exit("the features are not finite: see --amp, --std, --weights")
     probe = PatchProbe(sample, len(train.classes))
-    batches = partial(encoded_batches, encode_patches, model, train, args)
-    fit(probe, PATCH_RATES, batches, len(train), args, run)
+    make_batches = partial(encoded_batches, encode_patches, model, train, args)
+    fit(probe, PATCH_RATES, make_batches, len(train), args, run)
 
     numbers = range(len(PATCH_RATES))
     held_out = {}
@@ -700,8 +705,6 @@ def segment(args, model):
     figures = segmentation_scores(confusion_matrices(probe, [best], val, args, model)[0])
     iou = dict(zip(val.classes.tolist(), figures.pop("iou")))
     say(f"{name} on {val.folder}: {in_words(figures)}")
-    occurs = {name: value for name, value in iou.items() if value is not None}
-    say(f"IoU of each class: {in_words(occurs)}")
     norm = probe.norm
     weight = probe.heads[best].weight / (norm.running_var + norm.eps).sqrt().view(1, -1, 1, 1)
     bias = probe.heads[best].bias - weight.flatten(1) @ norm.running_mean
@@ -726,22 +729,24 @@ def write_features(args, model):
     names, _ = find_images(root)
     if not names:
         sys.exit(f"no images in {root}")
-    images = Images(root, names, range(len(names)), partial(center_crop, size=args.crop_size))
+    labels = [0] * len(names)  # extract leaves out images without a label
+    images = Images(root, names, labels, partial(center_crop, size=args.crop_size))
     found = extract(images, model, args)
     features = found.features[:, CLS].float().cpu().numpy()
-    labels = labels_of(found.names)
     if PROCESS == 0:
-        save = partial(np.savez, features=features, names=found.names, labels=labels)
+        columns = {"names": found.names, "labels": labels_of(found.names)}
+        save = partial(np.savez, features=features, **columns)
         write(args.embed, save)
     say(f"{args.embed}: features {features.shape}, CLS tokens of the last block; names; labels")
 
 
 def labels_of(names):
-    """The first folder of each name or, below a folder of splits, the second; "" if there is none."""
+    """The first folder of each name or, if all of these are splits, the second; "" for none."""
     folders = [Path(name).parts[:-1] for name in names]
-    is_split = any(first in ("train", *SPLITS) for first, *_ in filter(None, folders))
-    depth = 1 if is_split else 0
-    return [parts[depth] if len(parts) > depth else "" for parts in folders]
+    first_folders = {parts[0] for parts in folders if parts}
+    if first_folders <= {"train", *SPLITS}:
+        folders = [parts[1:] for parts in folders]
+    return [parts[0] if parts else "" for parts in folders]
 
 
 @torch.no_grad()
@@ -768,8 +773,8 @@ def draw(args, model, tile=168):
     if not patches.isfinite().all():
         sys.exit("the features are not finite: see --std, --weights")
     centred = patches - patches.mean(0)
-    directions = torch.linalg.svd(centred).Vh[:3]
-    components = centred @ directions.T  # (n N, 3)
+    _, directions = torch.linalg.eigh(centred.T @ centred)  # the main ones are last
+    components = centred @ directions[:, -3:].flip(1)  # (n N, 3)
     colours = (components / components.std(0, correction=0)).nan_to_num().sigmoid().float()
     tiles = []
     for image, heads, colour in zip(images, attention, colours.split(side**2)):
@@ -832,7 +837,11 @@ def start_process():
     elif torch.version.cuda:
         name = f"the CPU; a GPU would need a driver for CUDA {torch.version.cuda}"
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            device_id=device if cuda else None,
+            timeout=timedelta(days=1),  # a process may have to wait long for the slowest disk
+        )
     say(f"{WORLD} processes on {name}")
     return device
 
@@ -868,7 +877,7 @@ def say(text, passing=False):
 
 
 def progress(items, total, text):
-    """Yields the items; says how many of total are done, once a minute where there is no terminal."""
+    """Yields the items; says how many are done: on a terminal often, elsewhere once a minute."""
     started = time.monotonic()
     last_line = started
     for done, item in enumerate(items, start=1):
@@ -962,6 +971,10 @@ def find_images(root):
     return names, classes
 
 
+def paths_of(folder, names):
+    return [os.path.join(folder, name) for name in names]
+
+
 def find_splits(args):
     """The folder to train on, and the one to judge on."""
     root = Path(args.data_path)
@@ -988,6 +1001,8 @@ def open_images(args):
     val_labels = [label_of.get(name, -1) for name in val_folders]
     if max(val_labels, default=-1) < 0:
         sys.exit(f"no image in {val} has a class of {train}")
+    if args.epochs:
+        hold_out(np.array([label for label in labels if label >= 0]), 100, 0)  # ends if too few
     crop = partial(center_crop, size=args.crop_size)
     return Images(train, names, labels, crop), Images(val, val_names, val_labels, crop), classes
 
@@ -1023,16 +1038,16 @@ def in_batches(items, args):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def encoded_batches(encode, model, images, args, batches):
-    """Yields features and labels of each batch. batches: lists of items of images."""
-    for x, y in DataLoader(images, batch_sampler=batches, **loader_options(args)):
+def encoded_batches(encode, model, images, args, item_lists):
+    """Yields features and labels of each of these lists of items of images."""
+    for x, y in DataLoader(images, batch_sampler=item_lists, **loader_options(args)):
         features = encode(model, x)
         yield features, y.to(features.device, non_blocking=True)
 
 
-def cached_batches(train, chosen, batches):
-    """Likewise, from features that are there: those of the images whose numbers are chosen."""
-    for items in batches:
+def cached_batches(train, chosen, item_lists):
+    """The same from features that are there. An item counts in the chosen numbers of images."""
+    for items in item_lists:
         rows = torch.from_numpy(chosen[np.array(items) % len(chosen)]).to(train.features.device)
         yield train.features[rows], train.labels[rows]
 
@@ -1044,28 +1059,26 @@ def extract(images, model, args):
     n = len(images)
     # The processes take equally many images: some are taken twice, and cut off at the end.
     per_process = math.ceil(n / WORLD)
-    done = PROCESS * per_process
-    items = in_batches([i % n for i in range(done, done + per_process)], args)
+    row = PROCESS * per_process  # the first of its rows
+    items = in_batches([i % n for i in range(row, row + per_process)], args)
     batches = encoded_batches(encode, model, images, args, items)
     features = None
     for z, y in progress(batches, len(items), f"{images.root}: batch"):
         if args.embed or not args.epochs:
-            z = z[:, CLS:]
+            z = z[:, CLS:]  # where row CLS still is the CLS token
         if args.amp != "off":
             z = z.half()
         if not z.isfinite().all():
             sys.exit("the features are not finite: see --amp, --std, --weights")
-        if features is None:  # for those of all processes, as they may not fit in memory twice
-            features = z.new_empty(WORLD * per_process, *z.shape[1:])
-            labels = y.new_empty(WORLD * per_process)
-        features[done : done + len(z)] = z
-        labels[done : done + len(z)] = y
-        done += len(z)
-    if WORLD > 1:
-        for process in range(WORLD):
-            part = slice(process * per_process, (process + 1) * per_process)
-            dist.broadcast(features[part], process)
-            dist.broadcast(labels[part], process)
+        if features is None:  # room for all from the start, as they may not fit in memory twice
+            features = z.new_zeros(WORLD * per_process, *z.shape[1:])
+            labels = y.new_zeros(WORLD * per_process)
+        features[row : row + len(z)] = z
+        labels[row : row + len(z)] = y
+        row += len(z)
+    if WORLD > 1:  # the sum: a row that is not of this process's share is 0
+        dist.all_reduce(features)
+        dist.all_reduce(labels)
     features = features[:n]
     labels = labels[:n]
     names = images.names
@@ -1115,9 +1128,9 @@ def find_classes(folder, names, ignored):
 class Scenes(Dataset):
     """Item epoch * n + i is scene i of n: image (3, H, W), and mask (H, W) of indices in classes.
 
-    Where the mask has none of the classes, which are sorted values of masks, the index is -1; of an
-    image that cannot be read, everywhere. flip: mirror half of the scenes, drawn from (seed, epoch,
-    i).
+    classes: sorted values of masks. The index is -1 where the mask has another value, and
+    everywhere if the image cannot be read, or has another aspect ratio than its mask. flip: mirror
+    half of the scenes, drawn from (seed, epoch, i).
     """
 
     def __init__(self, folder, names, size, classes, seed=0, flip=False):
@@ -1131,20 +1144,25 @@ class Scenes(Dataset):
     def __len__(self):
         return len(self.names)
 
+    def files(self):
+        """Paths of all images and masks."""
+        masks = [str(mask_path(self.folder, name)) for name in self.names]
+        return paths_of(self.folder, self.names) + masks
+
     def __getitem__(self, item):
         epoch, index = divmod(item, len(self))
         name = self.names[index]
+        mask = load_mask(mask_path(self.folder, name))
         try:
             image = load_image(os.path.join(self.folder, name))
+            height, width = image.shape[1:]
+            aspect_ratio = (height / width) / (mask.shape[0] / mask.shape[1])
+            if not 0.95 < aspect_ratio < 1.05:  # load_image may have turned the image
+                text = f"{height} x {width} pixels, its mask {mask.shape[0]} x {mask.shape[1]}"
+                raise OSError(f"{name} in {self.folder} has {text}")
         except OSError as error:
             warnings.warn(f"left out: {error}", stacklevel=1)
             return torch.zeros(3, *self.size, dtype=torch.uint8), torch.full(self.size, -1)
-        mask = load_mask(mask_path(self.folder, name))
-        height, width = image.shape[1:]
-        stretch = (height / width) / (mask.shape[0] / mask.shape[1])
-        if not 0.95 < stretch < 1.05:  # the image may have been turned by its EXIF data
-            text = f"{height} x {width} pixels, its mask {mask.shape[0]} x {mask.shape[1]}"
-            raise ValueError(f"{name} in {self.folder} has {text}")
         indices = np.searchsorted(self.classes, mask).clip(max=len(self.classes) - 1)
         indices[self.classes[indices] != mask] = -1
         mask = torch.from_numpy(indices)[None]
@@ -1162,21 +1180,23 @@ def open_scenes(args, patch_size):
     train, val = find_splits(args)
     names = np.array(find_images(train)[0])
     val_names = np.array(find_images(val)[0])
-    masks_with = find_classes(train, names, args.ignore_index)
-    for value, path in find_classes(val, val_names, args.ignore_index).items():
-        if value not in masks_with:
+    classes = sorted(find_classes(train, names, args.ignore_index))
+    masks_with = find_classes(val, val_names, args.ignore_index)
+    for value, path in masks_with.items():
+        if value not in classes:
             sys.exit(f"{path} has the value {value}, no class of train/: see --ignore_index")
-    classes = sorted(masks_with)
+    if len(classes) < 2 or not masks_with:
+        sys.exit(f"classes in train: {classes}, in {val.name}: {list(masks_with)}: too few")
     size = args.segment
     if min(size) < patch_size or any(side % patch_size for side in size):
         sys.exit(f"--segment: give multiples of the patch, {patch_size}")
-    held, part = hold_out(np.zeros(len(names)), 10, args.seed)  # each has many pixels
+    held, rest = hold_out(np.zeros(len(names)), 10, args.seed)  # each has many pixels
     say(
-        f"{len(part)} images to train on, {len(held)} to choose by, {len(val_names)} to judge on; "
+        f"{len(rest)} images to train on, {len(held)} to choose by, {len(val_names)} to judge on; "
         f"{len(classes)} classes; images and masks are resized to {size[0]} x {size[1]}"
     )
     return (
-        Scenes(train, names[part], size, classes, args.seed, flip=True),
+        Scenes(train, names[rest], size, classes, args.seed, flip=True),
         Scenes(train, names[held], size, classes),
         Scenes(val, val_names, size, classes),
     )
@@ -1215,8 +1235,8 @@ def read_tensors(path):
         if not code:
             sys.exit(f"{path} is damaged, or no file of weights")
         sys.exit(
-            f"{path} needs code, {code[1]}, which is not run. If you trust the file, save its tensors "
-            f"alone: torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'new.pth')"
+            f"{path} needs code, {code[1]}, which is not run. If you trust it, save its tensors: "
+            f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'new.pth')"
         )
 
 
@@ -1230,10 +1250,10 @@ def load_backbone(path, key="teacher", num_heads=None):
     """
     found = read_tensors(path)
     prefixes = [name.removesuffix(PATCHES) for name in found if f".{name}".endswith(f".{PATCHES}")]
-    chosen = [prefix for prefix in prefixes if f".{key}." in f".{prefix}"]
-    if not chosen:
+    chosen = [prefix for prefix in prefixes if f".{key}." in f".{prefix}"]  # a whole name
+    if not chosen:  # a part of a name, as in teacher_backbone
         chosen = [prefix for prefix in prefixes if key in prefix]
-    if not chosen and key == "teacher":
+    if not chosen and key == "teacher":  # the default: there may be no names
         chosen = prefixes
     if len(chosen) != 1:
         has = f"{PATCHES} under {prefixes}" if prefixes else f"no {PATCHES}, but {[*found][:5]}"
@@ -1278,13 +1298,18 @@ def load_backbone(path, key="teacher", num_heads=None):
 # --------------------------------------------------------------------------- files that are written
 
 
-def identify_run(args, names):
-    """What the figures depend on: the options, and hashes of the weights and the images' names."""
-    free = ("weights", "output_dir", "num_workers")
+def identify_run(args, files):
+    """What the figures depend on: the options, and hashes of the weights, of the names of all files
+    of the data, and of the bytes of about eight of them."""
+    digest = hashlib.sha256(os.fsencode("\n".join(files)))
+    for file in files[:: len(files) // 8 + 1]:
+        with suppress(OSError):  # a file that cannot be read
+            digest.update(Path(file).read_bytes())
+    no_effect = ("weights", "output_dir", "num_workers")
     run = {
-        "options": {name: value for name, value in vars(args).items() if name not in free},
+        "options": {name: value for name, value in vars(args).items() if name not in no_effect},
         "weights_hash": hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16],
-        "names_hash": hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:16],
+        "data_hash": digest.hexdigest()[:16],
     }
     if len(set(all_gather(json.dumps(run)))) > 1:
         sys.exit("the processes find different weights or images: they have to share a disk")
@@ -1301,12 +1326,14 @@ def write_classifier(args, weight, bias, classes, features):
 
 
 def write_results(args, run, results):
-    """Append a line to results.jsonl. The state of the probe, which is now finished, goes."""
+    """Append a line to results.jsonl, and delete the states of the probe, which is finished."""
     entry = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "weights": args.weights, **results, **run}
     if PROCESS == 0:
         with Path(args.output_dir, "results.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        Path(args.output_dir, "probe.pth").unlink(missing_ok=True)
+        if args.epochs:
+            for path in Path(args.output_dir).glob("probe-*.pth"):
+                path.unlink()
     say(f"results are in {args.output_dir}")
 
 

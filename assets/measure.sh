@@ -55,8 +55,8 @@ worlds() {
 cifar() {
     python simdino.py --data_path cifar10 --small_images --patch_size 4 --global_crops_size 24 --local_crops_number 0 \
         --momentum_teacher 0.95 --gamma 0.008 --epochs 20 --amp bf16 --output_dir runs/cifar10
-    python eval_linear.py --weights runs/cifar10/checkpoint.pth --data_path cifar10 --resize_size 27 --crop_size 24 \
-        --cached --output_dir runs/linear
+    python eval_linear.py --weights runs/cifar10/checkpoint.pth --data_path cifar10 \
+        --cached --batch_size 128 --output_dir runs/linear
 }
 compare() {
     for seed in 0 1 2; do

@@ -542,6 +542,8 @@ def main():
     """Read the weights, then do what the options ask for."""
     args = parse_args()
     device = start_process()
+    if args.batch_size < WORLD:
+        sys.exit(f"--batch_size must be at least {WORLD}, the number of processes")
     model, left_out = load_backbone(args.weights, args.checkpoint_key, args.num_heads)
     model.to(device)
     model.mean = args.mean
@@ -1105,7 +1107,7 @@ def mask_path(folder, name):
 
 def load_mask(path):
     """A grayscale or palette image, whose pixels are numbers of classes -> array (H, W)."""
-    mask = np.array(Image.open(path))
+    mask = np.array(Image.open(path)).astype(int)
     if mask.ndim != 2:
         raise ValueError(f"{path} has colours, not the number of a class in each pixel")
     return mask

@@ -2725,6 +2725,7 @@ def test_timm_loads_an_exported_backbone_strictly_by_the_line_printed(tmp_path, 
         (["--data_path", "/nowhere"], "/nowhere must have the folders train and val or valid"),
         (["--split", "other"], "must have the folders train and other"),
         (["--split", "train"], "train is the folder to train on"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
     ],
 )
 def test_bad_arguments_of_the_evaluation_get_one_line(base, tmp_path, flags, named):

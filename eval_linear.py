@@ -346,19 +346,19 @@ def fit(probe, rates, make_batches, count, args, run):
     """Train the classifiers probe.heads, each by SGD at its own rate, which falls along a cosine.
 
     make_batches(items_of_steps) yields features and labels of each step; count: of how many images.
-    After each epoch, the state is saved in a file. If this is of the same run, training resumes.
+    After each epoch, the state is saved in a file, from which the same run resumes.
     """
     torch.manual_seed(args.seed)
     for head in probe.heads:  # as in DINO
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    path = Path(args.output_dir, f"probe-{count}.pth")
+    path = Path(args.output_dir, f"probe-{run['id']}-{count}.pth")
     size = min(args.batch_size, count)
     steps_per_epoch = count // size
     total = args.epochs * steps_per_epoch
     groups = [{"params": head.parameters(), "lr": 0.0} for head in probe.heads]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    epoch = restore(path, probe, optimizer, run)
+    epoch = restore(path, probe, optimizer)
     step = epoch * steps_per_epoch
     batches = make_batches(items_of_steps(count, args, epoch))
     for features, labels in progress(batches, total - step, "training the probe: step"):
@@ -377,7 +377,6 @@ def fit(probe, rates, make_batches, count, args, run):
         step += 1
         if step % steps_per_epoch == 0 and PROCESS == 0:
             state = {
-                "run": run,
                 "epoch": step // steps_per_epoch,
                 "probe": probe.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -385,16 +384,15 @@ def fit(probe, rates, make_batches, count, args, run):
             write(path, partial(torch.save, state))
 
 
-def restore(path, probe, optimizer, run):
-    """Load what fit saved, if it is of this run. Returns how many epochs are done."""
+def restore(path, probe, optimizer):
+    """Load what fit saved, if anything. Returns how many epochs are done."""
     epoch = 0
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["run"] == run:
-            probe.load_state_dict(state["probe"])
-            optimizer.load_state_dict(state["optimizer"])
-            epoch = state["epoch"]
-            say(f"resumed {path}: {epoch} epochs are done")
+        probe.load_state_dict(state["probe"])
+        optimizer.load_state_dict(state["optimizer"])
+        epoch = state["epoch"]
+        say(f"resumed {path}: {epoch} epochs are done")
     if len(set(all_gather(epoch))) > 1:
         sys.exit(f"the processes find different files {path}: they have to share a disk")
     return epoch
@@ -533,8 +531,6 @@ def parse_args(argv=None):
     has_images = args.data_path or args.export or len(args.pictures or []) > 1
     if not has_images:
         parser.error("--data_path is needed")
-    if args.segment and not args.epochs:
-        parser.error("--segment needs --epochs")
     return args
 
 
@@ -544,6 +540,9 @@ def main():
     device = start_process()
     if args.batch_size < WORLD:
         sys.exit(f"--batch_size must be at least {WORLD}, the number of processes")
+    fewest_epochs = 1 if args.segment else 0
+    if args.epochs < fewest_epochs:
+        sys.exit(f"--epochs must be at least {fewest_epochs}")
     model, left_out = load_backbone(args.weights, args.checkpoint_key, args.num_heads)
     model.to(device)
     model.mean = args.mean
@@ -589,7 +588,8 @@ def classify(args, model):
     train_images, val_images, classes = open_images(args)
     files = paths_of(train_images.root, train_images.names)
     files += paths_of(val_images.root, val_images.names)
-    run = identify_run(args, files)
+    run = identify_run(args, model, files)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     train = extract(train_images, model, args)
     val = extract(val_images, model, args)
     knn_labels, nearest = knn(train.features[:, CLS], train.labels, val.features[:, CLS])
@@ -687,7 +687,8 @@ def in_words(figures):
 def segment(args, model):
     """--segment: the linear probe of patch tokens, on images with masks."""
     train, choosing, val = open_scenes(args, model.patch_size)
-    run = identify_run(args, [*train.files(), *choosing.files(), *val.files()])
+    run = identify_run(args, model, [*train.files(), *choosing.files(), *val.files()])
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     # Sixteen images from all over the folder, as neighbours may be alike
     some = range(0, len(train), len(train) // 16 + 1)
     sample, _ = next(encoded_batches(encode_patches, model, train, args, [some]))
@@ -733,6 +734,7 @@ def write_features(args, model):
         sys.exit(f"no images in {root}")
     labels = [0] * len(names)  # extract leaves out images without a label
     images = Images(root, names, labels, partial(center_crop, size=args.crop_size))
+    identify_run(args, model, names)  # ends here if the processes find different ones
     found = extract(images, model, args)
     features = found.features[:, CLS].float().cpu().numpy()
     if PROCESS == 0:
@@ -1004,7 +1006,8 @@ def open_images(args):
     if max(val_labels, default=-1) < 0:
         sys.exit(f"no image in {val} has a class of {train}")
     if args.epochs:
-        hold_out(np.array([label for label in labels if label >= 0]), 100, 0)  # ends if too few
+        known = np.array([label for label in labels if label >= 0])
+        hold_out(known, 100, args.seed)  # ends here if they are too few
     crop = partial(center_crop, size=args.crop_size)
     return Images(train, names, labels, crop), Images(val, val_names, val_labels, crop), classes
 
@@ -1300,22 +1303,25 @@ def load_backbone(path, key="teacher", num_heads=None):
 # --------------------------------------------------------------------------- files that are written
 
 
-def identify_run(args, files):
+def identify_run(args, model, files):
     """What the figures depend on: the options, and hashes of the weights, of the names of all files
-    of the data, and of the bytes of about eight of them."""
-    digest = hashlib.sha256(os.fsencode("\n".join(files)))
+    of the data, and of the bytes of about eight of them. The id is a hash of all this."""
+    weights = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    data = hashlib.sha256(os.fsencode("\n".join(files)))
     for file in files[:: len(files) // 8 + 1]:
         with suppress(OSError):  # a file that cannot be read
-            digest.update(Path(file).read_bytes())
+            data.update(Path(file).read_bytes())
     no_effect = ("weights", "output_dir", "num_workers")
     run = {
         "options": {name: value for name, value in vars(args).items() if name not in no_effect},
-        "weights_hash": hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()[:16],
-        "data_hash": digest.hexdigest()[:16],
+        "weights_hash": weights.hexdigest()[:16],
+        "data_hash": data.hexdigest()[:16],
     }
-    if len(set(all_gather(json.dumps(run)))) > 1:
+    run["id"] = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:8]
+    if len(set(all_gather(run["id"]))) > 1:
         sys.exit("the processes find different weights or images: they have to share a disk")
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return run
 
 
@@ -1328,14 +1334,13 @@ def write_classifier(args, weight, bias, classes, features):
 
 
 def write_results(args, run, results):
-    """Append a line to results.jsonl, and delete the states of the probe, which is finished."""
+    """Append a line to results.jsonl, and delete the states of the probe: it is finished."""
     entry = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "weights": args.weights, **results, **run}
     if PROCESS == 0:
         with Path(args.output_dir, "results.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        if args.epochs:
-            for path in Path(args.output_dir).glob("probe-*.pth"):
-                path.unlink()
+        for path in Path(args.output_dir).glob(f"probe-{run['id']}-*.pth"):
+            path.unlink()
     say(f"results are in {args.output_dir}")
 
 

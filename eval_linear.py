@@ -356,6 +356,8 @@ def fit(probe, rates, make_batches, count, args, run):
     size = min(args.batch_size, count)
     steps_per_epoch = count // size
     total = args.epochs * steps_per_epoch
+    if total < 100:
+        say(f"few steps for the classifiers, {total}: more --epochs may give better ones")
     groups = [{"params": head.parameters(), "lr": 0.0} for head in probe.heads]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     epoch = restore(path, probe, optimizer)

@@ -2573,7 +2573,9 @@ def test_a_probe_that_learned_too_little_is_named(tmp_path, capsys, scale, epoch
     train = features_of(5, 100, 0, scale)
     figures, _ = probe_of(train, features_of(5, 40, 7, scale), tmp_path, epochs=epochs)
     assert end is None or figures["best"].endswith(end)
-    assert ("other --epochs" in capsys.readouterr().out) == bool(end)
+    printed = capsys.readouterr().out
+    assert ("other --epochs" in printed) == bool(end)
+    assert (f"few steps for the classifiers, {epochs}" in printed) == (epochs < 100)
 
 
 def test_images_that_train_holds_too_are_counted(base, data, tmp_path):

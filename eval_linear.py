@@ -24,7 +24,7 @@ interrupted while it trains classifiers, the same command resumes from their las
 has extracted the features again.
 
 --segment resizes images and masks to one size and trains linear classifiers of patches. Its figures
-are of the resized masks, so they are not those of papers, which judge masks of the first size.
+are of the resized masks: papers judge masks of the original size.
 
 Section 1 is what is computed: features, k-NN, probe, segmentation. Section 2 is the program: the
 options, and what each command does. Section 3 holds the helpers that both use.

@@ -33,6 +33,7 @@ The grid of classifiers: "DINOv2", Oquab et al., arXiv 2304.07193.
 """
 
 import argparse
+import atexit
 import csv
 import hashlib
 import io
@@ -42,6 +43,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -94,14 +96,15 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """x times a learned factor for each channel."""
+    """x times scale, times a learned factor for each channel. Small factors start a deep ViT close
+    to the identity."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, value):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
-    def forward(self, x):
-        return x * self.gamma.to(x.dtype)
+    def forward(self, x, scale=1.0):
+        return x * (scale * self.gamma).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -109,12 +112,12 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.ls1 = LayerScale(dim) if layerscale else nn.Identity()
+        self.ls1 = LayerScale(dim, 1.0) if layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(  # the names are timm's
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         )
-        self.ls2 = LayerScale(dim) if layerscale else nn.Identity()
+        self.ls2 = LayerScale(dim, 1.0) if layerscale else nn.Identity()
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -124,10 +127,10 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """The ViT of SimDINO and of SimDINOv2, without what only training needs.
 
-    side: patches along a side of the images that it was trained on. registers: their number. None:
-    a model of before they were known, whose positions are resized as DINO does. layerscale: whether
-    it has LayerScale. mean and std are those of the pixels that the weights expect: ImageNet's,
-    unless others are set.
+    side: patches along a side of the images that it was trained on. registers: their number, or
+    None for a model as DINO's, whose positions are also resized as DINO does. layerscale: whether
+    the model has it. mean, std: of the pixels that the weights expect, ImageNet's if nothing else
+    is set.
     """
 
     def __init__(self, side, patch_size, embed_dim, depth, num_heads, registers, layerscale):
@@ -202,7 +205,6 @@ class VisionTransformer(nn.Module):
 
 
 # ------------------------------------------------------------------------------------- the features
-
 
 CLS = -2  # the row of the last block's CLS token in the features (5, D) of an image
 
@@ -360,7 +362,7 @@ def fit(probe, rates, make_batches, count, args, run):
         say(f"few steps for the classifiers, {total}: more --epochs may give better ones")
     groups = [{"params": head.parameters(), "lr": 0.0} for head in probe.heads]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    epoch = restore(path, probe, optimizer)
+    epoch = resume(path, probe, optimizer)
     step = epoch * steps_per_epoch
     batches = make_batches(items_of_steps(count, args, epoch))
     for features, labels in progress(batches, total - step, "training the probe: step"):
@@ -386,7 +388,7 @@ def fit(probe, rates, make_batches, count, args, run):
             write(path, partial(torch.save, state))
 
 
-def restore(path, probe, optimizer):
+def resume(path, probe, optimizer):
     """Load what fit saved, if anything. Returns how many epochs are done."""
     epoch = 0
     if path.exists():
@@ -587,7 +589,7 @@ def main():
 
 def classify(args, model):
     """k-NN and the linear probe, on images in class folders."""
-    train_images, val_images, classes = open_images(args)
+    train_images, val_images, classes = open_splits(args)
     files = paths_of(train_images.root, train_images.names)
     files += paths_of(val_images.root, val_images.names)
     run = identify_run(args, model, files)
@@ -736,7 +738,9 @@ def write_features(args, model):
         sys.exit(f"no images in {root}")
     labels = [0] * len(names)  # extract leaves out images without a label
     images = Images(root, names, labels, partial(center_crop, size=args.crop_size))
-    identify_run(args, model, names)  # ends here if the processes find different ones
+    identify_run(
+        args, model, paths_of(root, names)
+    )  # ends here if the processes find different ones
     found = extract(images, model, args)
     features = found.features[:, CLS].float().cpu().numpy()
     if PROCESS == 0:
@@ -765,6 +769,8 @@ def draw(args, model, tile=168):
     if not paths:
         root = Path(args.data_path)
         paths = [root / name for name in find_images(root)[0][:8]]
+        if not paths:
+            sys.exit(f"no images in {root}")
     side = args.crop_size // model.patch_size
     images = []
     attention = []
@@ -834,6 +840,10 @@ def export(args, model):
 
 def start_process():
     """Connect this process with the others. Returns its device."""
+    if __name__ == "__main__":
+        # After an error, Python would end the workers by SIGTERM, which they ignore, and wait for
+        # them for ever.
+        atexit.register(os._exit, 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
     name = "the CPU"
@@ -845,8 +855,8 @@ def start_process():
     if WORLD > 1:
         dist.init_process_group(
             "nccl" if cuda else "gloo",
+            timeout=timedelta(hours=1),  # the wait for the slowest process, as disks differ
             device_id=device if cuda else None,
-            timeout=timedelta(days=1),  # a process may have to wait long for the slowest disk
         )
     say(f"{WORLD} processes on {name}")
     return device
@@ -857,6 +867,7 @@ def end_process():
     if WORLD > 1:
         time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
+    atexit.unregister(os._exit)
 
 
 def all_gather(value):
@@ -880,6 +891,30 @@ def say(text, passing=False):
             print(text, end=end, flush=True)
     except OSError:  # a closed terminal or pipe costs the lines, not the run
         sys.stdout = None
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    SIGNALS.append(signal.SIGUSR1)
+
+
+def ignore_signals(worker):
+    """Workers ignore signals, as the main process may still have to read from them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def choose_loader_options(args, device):
+    """Arguments of DataLoader: how many workers load images, and how they are started."""
+    options = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
+    if args.num_workers:
+        options["worker_init_fn"] = ignore_signals
+        options["timeout"] = 900  # seconds: a worker that hangs ends the run
+        if sys.platform == "linux":
+            # Python 3.14 would start the workers from another process, a server. torchrun's SIGTERM
+            # ends the server while its workers are still needed; after an error it stays for ever.
+            options["multiprocessing_context"] = "fork"
+    return options
 
 
 def progress(items, total, text):
@@ -994,7 +1029,7 @@ def find_splits(args):
     return train, found[0]
 
 
-def open_images(args):
+def open_splits(args):
     """The images to train on, those to judge on, and the classes: the class folders of train/."""
     train, val = find_splits(args)
     names, folders = find_images(train)
@@ -1029,16 +1064,6 @@ def center_crop(image, size):
     return TF.center_crop(resized, [size, size])
 
 
-def loader_options(args):
-    """Arguments of all DataLoaders."""
-    options = {"num_workers": args.num_workers, "pin_memory": torch.cuda.is_available()}
-    if args.num_workers:
-        options["timeout"] = 900  # seconds: a worker that hangs ends the program
-        if sys.platform == "linux":
-            options["multiprocessing_context"] = "fork"  # quick, and the default before Python 3.14
-    return options
-
-
 def in_batches(items, args):
     """A process's items, a list or a range, cut into those that it takes at a time."""
     size = math.ceil(args.batch_size / WORLD)
@@ -1047,7 +1072,8 @@ def in_batches(items, args):
 
 def encoded_batches(encode, model, images, args, item_lists):
     """Yields features and labels of each of these lists of items of images."""
-    for x, y in DataLoader(images, batch_sampler=item_lists, **loader_options(args)):
+    options = choose_loader_options(args, model.cls_token.device)
+    for x, y in DataLoader(images, batch_sampler=item_lists, **options):
         features = encode(model, x)
         yield features, y.to(features.device, non_blocking=True)
 

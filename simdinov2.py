@@ -1196,7 +1196,11 @@ def start_process():
     elif torch.version.cuda:
         name = f"the CPU; a GPU would need a driver for CUDA {torch.version.cuda}"
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=timedelta(hours=1),  # the wait for the slowest process, as disks differ
+            device_id=device if cuda else None,
+        )
     say(f"{WORLD} processes on {name}")
     return device
 
@@ -1266,7 +1270,7 @@ def catch_signals():
 
 
 def ignore_signals(worker):
-    """Workers ignore signals, so that the main process can still read from them until it saves."""
+    """Workers ignore signals, as the main process may still have to read from them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1279,7 +1283,7 @@ def choose_loader_options(args, device):
         options["timeout"] = 900  # seconds: a worker that hangs ends the run
         if sys.platform == "linux":
             # Python 3.14 would start the workers from another process, a server. torchrun's SIGTERM
-            # ends the server before the run is saved, and after an error it stays for ever.
+            # ends the server while its workers are still needed; after an error it stays for ever.
             options["multiprocessing_context"] = "fork"
     return options
 

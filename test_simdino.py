@@ -16,7 +16,9 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import contextmanager, suppress
 from functools import partial, reduce
 from itertools import chain, count
 from pathlib import Path
@@ -48,6 +51,7 @@ import simdino
 import simdinov2
 from simdino import SimDINOLoss, coding_rate, effective_rank
 
+SCRIPTS = [simdino, simdinov2, eval_linear]
 FOLDER = Path(simdino.__file__).parent
 CPU = torch.device("cpu")
 parametrize = pytest.mark.parametrize
@@ -58,7 +62,15 @@ def script(request):
     return request.param
 
 
-# ------------------------------------------------------------------------------ numbers to test with
+# ----------------------------------------------------------------------------- numbers to test with
+
+
+@pytest.fixture(autouse=True)
+def defaults():
+    """Before and after each test."""
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def waves(*shape, a):
@@ -69,6 +81,11 @@ def waves(*shape, a):
 
 def rows(*shape, a):
     return F.normalize(waves(*shape, a=a), dim=-1)
+
+
+def unit_views(n, d):
+    """Student rows of 4 views and teacher rows of 2, of n images."""
+    return rows(4, n, d, a=0.37).requires_grad_(), rows(2, n, d, a=0.11)
 
 
 @torch.no_grad()
@@ -95,7 +112,7 @@ def check_equal(value, expected, x, accuracy=1e-12):
     assert (ours - theirs).norm() < accuracy * theirs.norm()
 
 
-# -------------------------------------------------------------------------------------- runs to test
+# ------------------------------------------------------------------------------------- runs to test
 
 # Processes start from a server that has imported this file: a new Python would take seconds for it.
 SERVER = multiprocessing.get_context("forkserver")
@@ -104,10 +121,14 @@ SERVER.set_forkserver_preload(["test_simdino"])
 
 @pytest.fixture(scope="session", autouse=True)
 def surroundings():
-    """One thread here and in all processes: models as small as these lose time by more."""
+    """One process, whatever started pytest, and one thread here and in the runs: more would make
+    models as small as these slower."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide that a line waits in a buffer
+    for script in SCRIPTS:
+        script.WORLD = 1
+        script.PROCESS = 0
 
 
 def words(*flags):
@@ -118,7 +139,7 @@ def words(*flags):
 
 def run(script, *flags, changes=(), **options):
     """A run of a script in processes of its own -> what they print. changes: functions that each
-    process calls with the script before. options: those of processes()."""
+    process calls with the script before main(). options: those of processes()."""
     return processes(call_main, script.__name__, words(*flags), changes, **options)
 
 
@@ -131,20 +152,23 @@ def call_main(name, flags, changes):
 
 
 def processes(function, *arguments, world=1, status=0):
-    """function(*arguments) in so many processes -> what they print. status: with which each has to
-    end; None: with any but 0."""
+    """function(*arguments) in so many processes -> what they print. status: the exit status that
+    each must have; None: any but 0."""
     port = str(free_port())
     started = []
     with tempfile.TemporaryDirectory() as folder:
-        for process in range(world):
-            place = world, process, port, Path(folder, str(process))
-            started.append(SERVER.Process(target=begin_process, args=(place, function, arguments)))
-            started[-1].start()
-        for process in started:
-            process.join(300)
-        statuses = [process.exitcode for process in started]  # None: it hangs
-        for process in started:
-            process.kill()
+        try:
+            for process in range(world):
+                place = world, process, port, Path(folder, str(process))
+                arguments_there = place, function, arguments
+                started.append(SERVER.Process(target=begin_process, args=arguments_there))
+                started[-1].start()
+            for process in started:
+                process.join(300)
+            statuses = [process.exitcode for process in started]  # None: it hangs
+        finally:
+            for process in started:
+                process.kill()
         printed = "".join(path.read_text(errors="replace") for path in Path(folder).iterdir())
     assert None not in statuses, printed
     if status is None:
@@ -155,14 +179,15 @@ def processes(function, *arguments, world=1, status=0):
 
 
 def begin_process(place, function, arguments):
-    """As torchrun starts a process. Its place: the number of processes, its own, a port, a file."""
+    """As torchrun starts a process. place: how many processes there are, the number of this one, a
+    port, and the file to print to."""
     world, process, port, output = place
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {"RANK": str(process), "WORLD_SIZE": str(world)}
-    for script in simdino, simdinov2, eval_linear:
+    for script in SCRIPTS:
         script.WORLD = world
         script.PROCESS = process
     status = 1
@@ -184,7 +209,7 @@ def free_port():
 
 
 def at(name, call, act, process=0):
-    """A change: this function of the script first does act() at its call of this number."""
+    """A change: before its call of this number, from 1, the function of this name does act()."""
     return partial(change_function, name, call, act, process)
 
 
@@ -242,7 +267,7 @@ def pictures(tmp_path_factory):
                 image = simdino.draw_pattern(kind, rng, 40)
                 image.save(folder / f"{i}.{('png', 'jpg', 'webp')[i % 3]}")
         (root / split / "kind1" / "4.jpg").write_bytes(b"\xff\xd8 not an image")
-    image.save(root / "val" / "none.png")
+    shutil.copy(root / "val" / "kind0" / "0.png", root / "val" / "none.png")
     return root
 
 
@@ -257,8 +282,12 @@ def weights_of(folder):
     return torch.load(folder / "checkpoint.pth", weights_only=True)
 
 
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return json_lines(folder / "log.txt")
 
 
 def files_of(folder):
@@ -292,15 +321,6 @@ def test_coding_rate_is_the_formula_of_the_paper(n, d):
     expected = torch.logdet(torch.eye(d) + d / (n * 0.3) * z.mT @ z) / 2
     assert_close(coding_rate(z, 0.3), expected, rtol=1e-12, atol=0)
     assert torch.autograd.gradcheck(lambda z: coding_rate(z, 0.3), z[0, 0].requires_grad_())
-
-
-@parametrize("n", [8, 64])
-def test_the_coding_rate_alone_is_exact_under_autocast(n):
-    z = rows(3, n, 32, a=0.37)
-    with torch.autocast("cpu", torch.bfloat16):
-        rate = coding_rate(z.float(), 0.05)
-    assert rate.dtype == torch.float32
-    assert_close(rate, coding_rate(z, 0.05).float(), rtol=1e-5, atol=0)
 
 
 def official_loss(student, teacher, eps, expa_type=1, gpus=1):
@@ -349,7 +369,7 @@ def test_loss_equals_the_official_one_on_one_process(shared, d, expa_type):
 def test_defaults_equal_the_published_run_on_8_gpus_of_64():
     x = waves(4, 512, 256, a=0.37).requires_grad_()
     student = F.normalize(x, dim=-1)
-    teacher = rows(2, 512, 256, a=0.11)
+    _, teacher = unit_views(512, 256)
     expected = official_loss(student, teacher, 0.05, gpus=8)[0]
     check_equal(SimDINOLoss()(student, teacher)[0], expected, x, 1e-11)
     # The same in 8 rounds of 64, if gamma is that of the 512
@@ -358,22 +378,19 @@ def test_defaults_equal_the_published_run_on_8_gpus_of_64():
     check_equal(sum(loss_fn(*part)[0] for part in parts) / 8, expected, x, 1e-11)
 
 
-def test_images_of_a_last_batch_that_fill_no_group_have_no_part_in_the_rate():
-    x = waves(4, 40, 12, a=0.37).requires_grad_()
-    student = F.normalize(x, dim=-1)
-    teacher = rows(2, 40, 12, a=0.11)
+def test_images_that_fill_no_group_do_not_enter_the_rate():
+    student, teacher = unit_views(40, 12)
     comp = official_loss(student, teacher, 0.4)[1]
     groups = ((student[:2] + teacher) / 2)[:, :32].unflatten(1, (2, 16))
     expected = -comp - (12 + 40) / (12 * 40) * coding_rate(groups, 0.4).mean()
-    check_equal(SimDINOLoss(group_size=16)(student, teacher)[0], expected, x)
+    assert_close(SimDINOLoss(group_size=16)(student, teacher)[0], expected)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_as_one_graph_the_loss_has_the_same_value_and_gradient():
     loss_fn = SimDINOLoss(group_size=8)
     compiled = torch.compile(loss_fn, backend="aot_eager", fullgraph=True)
-    student = rows(4, 16, 12, a=0.37).requires_grad_()
-    teacher = rows(2, 16, 12, a=0.11)
+    student, teacher = unit_views(16, 12)
     check_equal(compiled(student, teacher)[0], loss_fn(student, teacher)[0], student)
 
 
@@ -387,13 +404,12 @@ def test_views_and_images_in_the_other_order_are_refused():
 def test_nothing_is_gathered_where_the_group_divides_the_rows_of_a_process(monkeypatch):
     monkeypatch.setattr(dist, "all_gather", lambda *_: sys.exit("gathered"))
     monkeypatch.setattr(SimDINOLoss, "processes", staticmethod(lambda: 8))
-    student = rows(4, 64, 256, a=0.37)
-    teacher = rows(2, 64, 256, a=0.11)
+    views = unit_views(64, 256)
     for group in 1, 16, 64:
-        SimDINOLoss(group_size=group)(student, teacher)
+        SimDINOLoss(group_size=group)(*views)
     for group in 128, None:
         with pytest.raises(SystemExit, match="gathered"):
-            SimDINOLoss(group_size=group)(student, teacher)
+            SimDINOLoss(group_size=group)(*views)
 
 
 def definitions(script):
@@ -410,11 +426,10 @@ def definitions(script):
 def test_the_loss_can_be_lifted_out_of_the_file_with_torch_alone(tmp_path):
     parts = definitions(simdino)
     text = "import torch\n" + parts["coding_rate"] + parts["SimDINOLoss"]
-    (tmp_path / "lifted.py").write_text(text)
+    (tmp_path / "lifted.py").write_text(text, encoding="utf-8")
     lifted = runpy.run_path(tmp_path / "lifted.py")["SimDINOLoss"]
-    student = rows(4, 64, 32, a=0.37)
-    teacher = rows(2, 64, 32, a=0.11)
-    assert lifted()(student, teacher)[0] == SimDINOLoss()(student, teacher)[0]
+    views = unit_views(64, 32)
+    assert lifted()(*views)[0] == SimDINOLoss()(*views)[0]
 
 
 def test_what_the_scripts_share_stands_in_each_in_the_same_words():
@@ -425,10 +440,10 @@ def test_what_the_scripts_share_stands_in_each_in_the_same_words():
         "Block VisionTransformer SimDINO SMALL MicroBatches parse_args build schedules start_run "
         "take_steps load_pretrained main"
     )
-    assert [name for name in v1 if v1[name] != v2.get(name)] == sorted(differs, key=[*v1].index)
-    assert [name for name in v2 if name in v1] == [*v1], "in the same order"
+    assert {name for name in v1 if v1[name] != v2.get(name)} == {*differs}
+    assert [name for name in v2 if name in v1] == [*v1]  # in the same order
     added = "masked_patch_loss LayerScale Network block_masks parameter_groups"
-    assert [name for name in v2 if name not in v1] == added.split()
+    assert v2.keys() - v1.keys() == {*added.split()}
     differs = {name for name in judge if name in v2 and judge[name] != v2[name]}
     assert differs == {"Block", "VisionTransformer", "parse_args", "main"}
 
@@ -467,8 +482,8 @@ def rank_of(z):
 def test_coding_rate_prevents_collapse_and_without_it_features_collapse():
     with_rate, _, _ = self_distil(None, steps=800)
     without, _, _ = self_distil(0.0, steps=800)
-    assert rank_of(with_rate) > 10, "of 16 directions nearly all are in use"
-    assert rank_of(without) < 1.5, "pulled together by nothing but each other, all features agree"
+    assert rank_of(with_rate) > 10  # of 16 directions nearly all are in use
+    assert rank_of(without) < 1.5  # pulled together by nothing but each other, all features agree
 
 
 def test_without_l2_normalisation_the_rate_is_bought_by_length_not_by_diversity():
@@ -499,8 +514,9 @@ def tiny_vit(script=simdino, **options):
     return script.VisionTransformer(32, 8, 32, 3, 4, **options)
 
 
-# official, in simdino/: VisionTransformer([32], 8, embed_dim=32, depth=3, num_heads=4, qkv_bias=True,
-#     norm_layer=partial(nn.LayerNorm, eps=1e-6)), put through fill(model).eval() and the test's lines
+# official, in simdino/: VisionTransformer([32], 8, embed_dim=32, depth=3, num_heads=4,
+#     qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)), put through fill(model).eval() and
+#     the test's lines
 @parametrize(
     "height, width, features",
     [(32, 32, 1.5252037344687581), (16, 16, 2.9070248537220484), (48, 24, 2.212051347187865)],
@@ -532,7 +548,6 @@ def test_v2_vit_equals_the_official_one_masked_and_not(height, width, masked, of
     with torch.no_grad():
         model = fill(tiny_vit(simdinov2)).eval()
         tokens = model.forward_features(torch.sin(n * n * 0.05), masks)
-    assert list(tokens) == ["x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens"]
     # The official model interpolates positions in float32.
     accuracy = 1e-9 if height == width == 32 else 1e-6
     assert [fingerprint(x) for x in tokens.values()] == approx(official, rel=accuracy)
@@ -544,22 +559,17 @@ def test_weights_begin_as_the_official_ones(script):
     model = build(script, "--arch vit_tiny --data_path x")
     small = "register_tokens" if script is simdino else "_tokens?"
     for name, p in model.student.named_parameters():
-        if re.search(r"norm\d?\.weight", name):
-            assert (p == 1).all()
-        elif "gamma" in name:
-            assert (p == 0.1).all()
-        elif re.search(r"(?<!proj\.)bias|mask_token", name):
+        if "patch_embed" in name:
+            continue
+        if re.search("bias|mask_token", name):
             assert not p.any(), name
-        elif "patch_embed" not in name and p.ndim > 1:
+        elif re.search(r"norm\d?\.weight", name):
+            assert (p == 1).all(), name
+        elif "gamma" in name:
+            assert (p == 0.1).all(), name
+        else:
             std = 1e-6 if re.search(small, name) else 0.02
             assert p.std().item() == approx(std, rel=0.25), name
-
-
-def test_a_list_of_sizes_gives_each_batch_its_features_in_order(script):
-    model = tiny_vit(script).eval()
-    views = [torch.randn(2, 3, size, size) for size in (32, 32, 16, 16, 32, 24)]
-    with torch.no_grad():
-        assert_close(model(views), torch.cat([model(view) for view in views]))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -575,12 +585,11 @@ def test_traced_and_exported_the_vit_takes_any_number_of_images(script):
 
 
 def test_stochastic_depth_drops_more_the_deeper_the_block_and_keeps_the_expectation():
-    torch.manual_seed(0)
     model = tiny_vit(drop_path_rate=0.5)
     for keep, rate in zip(model.stochastic_depth(torch.zeros(4000, 3, 32, 32)), (0, 0.25, 0.5)):
         dropped = (keep == 0).flatten(1).double()
         shares = [*dropped.mean(1).tolist(), dropped.prod(0).mean().item()]
-        assert shares == approx([rate, rate, rate**2], abs=0.025), "3 sigma"
+        assert shares == approx([rate, rate, rate**2], abs=0.025)  # 3 sigma
         assert keep.max().item() == approx(1 / (1 - rate))
     x = torch.randn(3, 5, 32)
     keep = torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 2.0]]).view(2, 3, 1, 1)
@@ -591,12 +600,10 @@ def test_stochastic_depth_drops_more_the_deeper_the_block_and_keeps_the_expectat
 
 
 def test_v2_computes_the_drawn_samples_alone_always_as_many_and_scales_them():
-    torch.manual_seed(0)
     model = tiny_vit(simdinov2, drop_path_rate=0.25)
     keep = model.stochastic_depth(torch.zeros(200, 3, 32, 32))
     drawn = {frozenset(samples.tolist()) for samples in keep.flatten(0, 1)}
-    assert keep.shape == (3, 2, 150) and len(drawn) == 6, "anew for each branch"
-    assert {len(samples) for samples in drawn} == {150}
+    assert keep.shape == (3, 2, 150) and len(drawn) == 6  # anew for each branch
     x = torch.randn(5, 7, 32, requires_grad=True)
     keep = torch.tensor([[4, 2, 0], [1, 4, 3]])
     kept = torch.zeros(2, 5, 1, 1).scatter_(1, keep[..., None, None], 5 / 3)
@@ -611,24 +618,27 @@ def test_v2_computes_the_drawn_samples_alone_always_as_many_and_scales_them():
         check_equal(value, y.sin().sum(), of, 1e-5)
 
 
-def test_projection_head_gives_unit_rows_in_float32():
+def test_projection_head_is_the_official_one_in_float32():
+    # official: three linear layers with GELU between, and normalised rows
     head = simdino.ProjectionHead(32, 64, 16)
+    first, _, second, _, third = head.mlp
+    x = torch.randn(5, 32)
+    expected = F.normalize(third(F.gelu(second(F.gelu(first(x))))), dim=-1)
+    assert_close(head(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        z = head(torch.randn(5, 32))
-    assert z.dtype == torch.float32
-    assert_close(z.norm(dim=-1), torch.ones(5))
+        assert head(x).dtype == torch.float32
 
 
 def test_block_masks_have_the_statistics_of_the_official_generator():
     draws = [simdinov2.block_masks(128, 14, 0.5, (0.1, 0.5), (0, seed)) for seed in range(30)]
     masks = torch.stack(draws)
     ratio = masks.float().mean(-1)
-    assert (ratio > 0).sum(1).eq(64).all(), "half of the crops of every batch"
-    assert 0.45 < (ratio[:, :64] > 0).float().mean() < 0.55, "any half"
+    assert (ratio > 0).sum(1).eq(64).all()  # half of the crops of every batch
+    assert 0.45 < (ratio[:, :64] > 0).float().mean() < 0.55  # any half
     # official: generator = MaskingGenerator((14, 14), max_num_patches=98), and of 1,920 masks
     #     [generator(int(196 * random.uniform(low, high))) for low, high in zip(bounds, bounds[1:])]
-    #     with bounds = np.linspace(0.1, 0.5, 65), 30 times, these mean and quantiles; and this share
-    #     of the patches below a masked one is masked
+    #     with bounds = np.linspace(0.1, 0.5, 65), 30 times, these mean and quantiles; and this
+    #     share of the patches below a masked one is masked
     masks = masks[ratio > 0].unflatten(-1, (14, 14))
     ratio = ratio[ratio > 0]
     assert ratio.mean().item() == approx(0.2971, abs=0.002)
@@ -672,7 +682,6 @@ def test_multicrop_is_the_random_resized_crop_of_torchvision():
         size, scale = (64, (0.3, 0.9)) if number < 2 else (32, (0.05, 0.4))
         crop = RandomResizedCrop(size, scale, interpolation=TF.InterpolationMode.BICUBIC)
         assert torch.equal(view, crop(image))
-    assert len(views) == 8
 
 
 @parametrize("blur, solarize", [(1.0, 0.0), (0.1, 0.2), (0.5, 0.0)])
@@ -683,7 +692,6 @@ def test_photometric_equals_torchvision_image_by_image(monkeypatch, blur, solari
     n = 60
     monkeypatch.setattr(simdino, "uniform", lambda *x: draws.append(uniform(*x)) or draws[-1])
     monkeypatch.setattr(torch, "randperm", lambda _: torch.tensor(order))
-    torch.manual_seed(0)
     pixels = torch.randint(256, (n, 3, 24, 32), dtype=torch.uint8)
     pixels[::3] = pixels[::3, :1]  # gray
     pixels[1::3] = 255 * (pixels[1::3] > 127)  # saturated
@@ -722,7 +730,7 @@ def test_augment_blurs_and_solarizes_each_kind_of_view_as_often_as_dino(monkeypa
     views = [torch.full((2, 3, size, size), size) for size in (8, 9, 4, 4, 4)]
     out = simdino.augment(views)
     assert seen[:2] == [(2, {"blur": 1.0}), (2, {"blur": 0.1, "solarize": 0.2})]
-    assert seen[2:] == [(6, {"blur": 0.5})], "all local views at once"
+    assert seen[2:] == [(6, {"blur": 0.5})]  # all local views at once
     assert all(torch.equal(*pair) for pair in zip(out, views, strict=True))
 
 
@@ -747,20 +755,16 @@ def micro_batch(script, own=slice(8), seed=0):
     return seed, views, masks, masks.flatten().nonzero().flatten()
 
 
+STILL = {"lr": 0.0, "weight_decay": 0.0, "momentum": 1.0}  # a step that changes no weights
+
+
 def gradient_of(model):
     return torch.cat([p.grad.flatten() for p in model.params])
 
 
-@pytest.fixture
-def in_float64():
-    """New weights, random numbers and pixels are float64."""
+def test_a_step_has_the_loss_and_the_gradient_of_the_formula(script):
+    """From the modules alone, view by view, with the official loss, in float64."""
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def test_a_step_has_the_loss_and_the_gradient_of_the_formula(script, in_float64):
-    """From the modules alone, view by view, with the official loss."""
     weight = "--ibot_loss_weight 0.7" if script is simdinov2 else ""
     model = build(script, "--clip_grad 0 --drop_path_rate 0", weight)
     student = model.student
@@ -768,7 +772,7 @@ def test_a_step_has_the_loss_and_the_gradient_of_the_formula(script, in_float64)
     for p in teacher.parameters():
         p *= 1.2
     seed, views, *hidden = micro_batch(script)
-    metrics, rows = model.step([(seed, views, *hidden)], 0.0, 0.0, 1.0)
+    metrics, rows = model.step([(seed, views, *hidden)], **STILL)
     assert student.training and not any(module.training for module in teacher.modules())
 
     torch.manual_seed(seed)
@@ -797,8 +801,9 @@ def test_a_step_has_the_loss_and_the_gradient_of_the_formula(script, in_float64)
     assert_close(rows, z.detach().flatten(0, 1))
 
 
-def test_a_step_clips_takes_adamws_and_moves_the_teacher(script):
+def test_a_step_clips_then_takes_adamws_step_then_moves_the_teacher(script):
     model = build(script, "--drop_path_rate 0 --clip_grad 0.02")
+    assert model.optimizer.defaults["betas"] == (0.9, 0.999)
     before = [p.detach().clone() for p in model.params]
     lr = 1e-3
     model.step([micro_batch(script)], lr, weight_decay=0.1, momentum=0.9)
@@ -818,17 +823,17 @@ def test_a_step_clips_takes_adamws_and_moves_the_teacher(script):
     expected = []
     for part in parts:
         norm = torch.cat([grad.flatten() for grad in part]).norm()
+        assert norm > 0.02 or script is simdino  # too long
         expected += [grad * min(1, 0.02 / (norm + 1e-6)) for grad in part]
     assert_close([p.grad for p in model.params], expected, rtol=1e-4, atol=1e-9)
-    assert norm > 0.02, "the last gradients were too long"
 
 
-def test_in_fp16_gradients_are_clipped_at_their_own_scale(script):
+def test_in_fp16_gradients_are_unscaled_before_they_are_clipped(script):
     whole = build(script, "--drop_path_rate 0 --clip_grad 0.02")
     half = build(script, "--drop_path_rate 0 --clip_grad 0.02 --amp fp16")
     half.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)  # with which nothing overflows
     for model in whole, half:
-        model.step([micro_batch(script)], 0.0, 0.0, 1.0)
+        model.step([micro_batch(script)], **STILL)
     difference = gradient_of(half) - gradient_of(whole)
     assert difference.norm() < 0.05 * gradient_of(whole).norm()
 
@@ -841,17 +846,17 @@ def test_checkpointed_gradients_are_the_same_to_the_last_bit(script):
     for block in thrifty.student.backbone.blocks:
         block.attn.register_forward_hook(lambda *_: calls.append(1))
     for model in plain, thrifty:
-        model.step([micro_batch(script)], 0.0, 0.0, 1.0)
+        model.step([micro_batch(script)], **STILL)
     assert torch.equal(gradient_of(plain), gradient_of(thrifty)) and gradient_of(plain).any()
-    assert len(calls) == 2 * 2 * 4, "both sizes pass each of four blocks twice"
+    assert len(calls) == 2 * 2 * 4  # both sizes of views pass each of four blocks twice
 
 
 # -------------------------------------------------------------------------------------- the options
 
 
 RECIPES = {
-    simdino: "--arch vit_base --batch_size 512 --group_size 64 --eps_sq 0.4 --coeff 1 --expa_type 1 "
-    "--lr 5e-4 --min_lr 1e-6 --momentum_teacher 0.996 --drop_path_rate 0.1 ",
+    simdino: "--arch vit_base --batch_size 512 --group_size 64 --eps_sq 0.4 --coeff 1 "
+    "--expa_type 1 --lr 5e-4 --min_lr 1e-6 --momentum_teacher 0.996 --drop_path_rate 0.1 ",
     simdinov2: "--arch vit_base --batch_size 1024 --group_size 128 --eps_sq 0.4 --coeff 1 "
     "--expa_type 1 --lr 4e-3 --min_lr 1e-6 --momentum_teacher 0.9 --drop_path_rate 0.2 "
     "--num_register_tokens 4 --layerscale 0.1 --layerwise_decay 0.9 --patch_embed_lr_mult 0.2 "
@@ -865,6 +870,9 @@ OF_BOTH = (
 
 
 def test_recipes_are_the_published_ones_for_any_number_of_gpus(monkeypatch, script):
+    sizes = [[96, 4, 3], [192, 12, 3], [384, 12, 6], [768, 12, 12], [1024, 24, 16]]
+    assert [[*size.values()] for size in script.ARCHS.values()] == sizes
+    assert eval_linear.HEADS_OF == {width: heads for width, _, heads in sizes}
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model, **_: model)
     for world in 1, 2, 4, 8:
         monkeypatch.setattr(script, "WORLD", world)
@@ -878,12 +886,6 @@ def test_recipes_are_the_published_ones_for_any_number_of_gpus(monkeypatch, scri
         assert model.loss_fn.gamma == approx((256 + n) / (256 * n))
 
 
-def test_small_images_have_the_defaults_of_the_built_in_data(script):
-    built_in = vars(script.parse_args([]))
-    own = vars(script.parse_args(["--data_path", "x", "--small_images"]))
-    assert {name for name in own if built_in[name] != own[name]} == {"data_path", "small_images"}
-
-
 @parametrize(
     "world, flags, rule",
     [
@@ -894,7 +896,9 @@ def test_small_images_have_the_defaults_of_the_built_in_data(script):
         (1, "--eps 0.05", "unrecognized arguments: --eps 0.05"),  # not taken for --eps_sq
     ],
 )
-def test_what_would_be_another_run_is_refused(monkeypatch, capsys, script, world, flags, rule):
+def test_sizes_that_do_not_fit_and_abbreviations_are_refused(
+    monkeypatch, capsys, script, world, flags, rule
+):
     monkeypatch.setattr(script, "WORLD", world)
     script.parse_args(words("--batch_size 480 --batch_size_per_gpu 1 --group_size", world))
     with pytest.raises(SystemExit, match="2"):
@@ -921,13 +925,13 @@ def test_images_are_drawn_by_seed_epoch_and_index_and_unreadable_ones_replaced(t
     first = drawn(range(200))
     assert drawn(reversed(range(200))) == first
     assert drawn(range(100), seed=7) != drawn(range(100))
-    assert len({number for (_, number), _ in first.values()}) == 200, "anew each epoch"
+    assert len({number for (_, number), _ in first.values()}) == 200  # anew each epoch
     for item in range(0, 200, 2):
         (shown, _), label = first[item]
         assert shown == label == item % 100
     replaced = [first[item] for item in range(1, 200, 2)]
     assert {label for _, label in replaced} == {-1}
-    assert len({shown for (shown, _), _ in replaced}) > 30, "by many"
+    assert len({shown for (shown, _), _ in replaced}) > 30  # by many
 
 
 class FakeImages:
@@ -957,10 +961,10 @@ def test_steps_take_the_same_images_however_they_are_cut_into_micro_batches(scri
     assert taken(3) == taken(4) == keys and taken(12, seed=1) != keys
     first = keys[:48]
     second = [key - 50 for key in keys[48:]]
-    assert len(set(first)) == len(set(second)) == 48 and first != second, "in another order"
+    assert len(set(first)) == len(set(second)) == 48 and first != second  # in another order
     assert set(first) | set(second) <= {*range(50)}
     items = micro_batches(script, 3) + micro_batches(script, 3, seed=1)
-    assert len({item[0] for item in items}) == 2 * 8 * 4, "a seed of each"
+    assert len({item[0] for item in items}) == 2 * 8 * 4  # a seed of each
     if script is simdinov2:
         for _, views, masks, index in items[:32]:
             seed = 0, views[0][0, 0, 0, 0].item()  # of the run, and the first image
@@ -974,7 +978,6 @@ def test_steps_take_the_same_images_however_they_are_cut_into_micro_batches(scri
 def test_schedules_reproduce_the_official_log():
     # assets/SimDNIOv1_vitb16.txt, official: epoch, train_lr, train_wd; 2502 steps of 512 images
     schedule = simdino.schedules(simdino.parse_args(["--data_path", "x"]), 2502)
-    assert schedule["lr"][0] == 0
     for epoch, train_lr, train_wd in (
         (0, 4.99820136696111e-05, 0.04002958960483863),
         (9, 0.0009500179863303882, 0.047963999953206556),
@@ -1016,7 +1019,7 @@ def step_gradient(script, case):
     parts = []
     for m in range(script.PROCESS, 16 // own, script.WORLD):
         parts.append(micro_batch(script, slice(own * m, own * (m + 1)), seed=5 + m))
-    metrics, _ = model.step(parts, 0.0, 0.0, 1.0)
+    metrics, _ = model.step(parts, **STILL)
     return metrics, gradient_of(model)
 
 
@@ -1065,7 +1068,7 @@ def test_a_run_is_the_same_on_any_number_of_processes(script, pictures, tmp_path
     for world in 1, 2, 4:
         printed = run(script, *flags, "--output_dir", tmp_path / str(world), world=world)
         accuracies |= {*re.findall("k-NN accuracy after epoch 0: (.*) %", printed)}
-    assert len(accuracies) == 1, "each image was judged once"
+    assert len(accuracies) == 1  # each image was judged once
     begun = ["--output_dir", tmp_path / "begun"]
     run(script, *flags, *begun, "--max_steps 5", world=2)
     run(script, *flags, *begun)  # begun by two, finished by one
@@ -1074,17 +1077,19 @@ def test_a_run_is_the_same_on_any_number_of_processes(script, pictures, tmp_path
         check_same_run(tmp_path / name, tmp_path / "1", rounding=5e-6)
 
 
-# ------------------------------------------------------------------------------- what a run leaves
+# -------------------------------------------------------------------------------- what a run leaves
 
 
 def test_log_and_terminal_say_what_happened(script, finished, pictures):
     folder, printed = finished
     entries = log_of(folder)
-    keys = "epoch train_loss train_comp_loss train_expa_loss train_lr train_wd rank knn img_s data_wait"
+    keys = "epoch train_loss train_comp_loss train_expa_loss train_lr train_wd rank knn img_s "
+    keys += "data_wait"
     schedule = script.schedules(script.parse_args(tiny("x", "y")), 3)
     for epoch, entry in enumerate(entries):
         loss = -entry["train_comp_loss"] - entry["train_expa_loss"]
-        loss += entry.pop("train_ibot_loss", 0)
+        if script is simdinov2:
+            loss += entry.pop("train_ibot_loss")
         assert list(entry) == keys.split() and entry["epoch"] == epoch
         assert entry["train_loss"] == approx(loss, abs=1e-5)
         steps = slice(3 * epoch, 3 * epoch + 3)
@@ -1104,18 +1109,21 @@ def test_log_and_terminal_say_what_happened(script, finished, pictures):
     said = dict(re.findall(r"k-NN accuracy after epoch (\d): (\d+\.\d) %", printed))
     assert list(said) == ["0", "2", "4"]
     knn = [entry["knn"] for entry in entries]
-    assert knn == [None, approx(float(said["2"]), abs=0.05), None, knn[3]]
+    assert [knn[0], knn[2]] == [None, None]
+    assert [knn[1], knn[3]] == approx([float(said["2"]), float(said["4"])], abs=0.05)
     bad = r"UserWarning: another image takes its place: cannot read \S+/train/kind1/4\.jpg: "
     assert len(re.findall(bad, printed)) == 1
 
 
-def test_checkpoint_opens_safely_and_its_teacher_loads_into_timm(script, finished):
+def test_checkpoint_opens_safely_and_its_teacher_loads_strictly(script, finished):
     state = weights_of(finished[0])
     parts = "student teacher optimizer scaler step epoch args log metrics images_hash"
     assert state.keys() == {*parts.split()} and state["log"] == log_of(finished[0])
     assert [state["step"], state["epoch"], state["metrics"]] == [12, 4, []]
     lr = script.schedules(argparse.Namespace(**state["args"]), 3)["lr"][-1]
-    assert max(group["lr"] for group in state["optimizer"]["param_groups"]) == approx(lr)
+    rates = [group["lr"] / lr for group in state["optimizer"]["param_groups"]]
+    lowest = 1 if script is simdino else 0.2 * 0.9**5
+    assert [max(rates), min(rates)] == approx([1, lowest])
     names = "checkpoint.pth checkpoint0000.pth checkpoint0002.pth log.txt"
     assert files_of(finished[0]).keys() == {*names.split()}
     timm = pytest.importorskip("timm")
@@ -1133,9 +1141,10 @@ def test_a_run_goes_on_in_another_precision_and_back(script, pictures, tmp_path)
         assert state["step"] == steps and bool(state["scaler"]) is (amp == "fp16")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @parametrize("amp", ["bf16", "fp16", "off"])
 def test_training_on_a_gpu(script, pictures, tmp_path, amp):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     command = [sys.executable, script.__file__, *tiny(pictures, tmp_path, "--compile --amp", amp)]
     subprocess.run(command, check=True)
     assert log_of(tmp_path)[-1]["knn"] is not None
@@ -1168,7 +1177,7 @@ def test_blocks_are_compiled_as_one_graph_a_shape(script, pictures, tmp_path, wo
     assert not any("_orig_mod" in name for name in weights_of(tmp_path)["teacher"])
 
 
-# ------------------------------------------------------------ killed and resumed: nothing is lost
+# -------------------------------------------------------------- killed and resumed: nothing is lost
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, finished, pictures, tmp_path):
@@ -1177,12 +1186,12 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(script, finished, pict
     late = [fast_clock, at("Path.replace", 3, KILL)]
     printed = run(script, *flags, "--num_workers 2", changes=late, status=KILLED)
     assert weights_of(tmp_path)["step"] == 3 and len(log_of(tmp_path)) == 2
-    assert "epoch 1/4 step 3/12" in printed, "nothing waits in a buffer"
+    assert "epoch 1/4 step 3/12" in printed  # nothing waits in a buffer
     # In the k-NN after the second epoch, and in the third
     for name, accuracy in ("knn_accuracy", None), ("effective_rank", log_of(finished[0])[1]["knn"]):
         run(script, *flags, changes=[fast_clock, at(name, 1, KILL)], status=KILLED)
         state = weights_of(tmp_path)
-        assert [state["step"], state["log"][1]["knn"]] == [6, accuracy], "made up for"
+        assert [state["step"], state["log"][1]["knn"]] == [6, accuracy]  # made up for
     # In the middle of the last
     run(script, *flags, "--max_steps 10")
     state = weights_of(tmp_path)
@@ -1209,12 +1218,24 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(pictures, tmp_path,
     check_same_run(tmp_path / "out", tmp_path / "whole")
 
 
+@contextmanager
 def start(*command):
-    """A program as a user starts it -> its Popen."""
+    """A program as a user starts it: its Popen, and no process of it is left afterwards."""
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, env=env, cwd=FOLDER, start_new_session=True, **output)
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(command, env=env, cwd=FOLDER, start_new_session=True, **output)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def end_of(process):
+    """What it printed, when it and all that could print have ended by themselves."""
+    return process.communicate(timeout=300)[0]
 
 
 def wait_for(path, process):
@@ -1231,10 +1252,10 @@ LONG = "--epochs 100_000 --eval_freq 0 --num_workers 2"
 def test_torchrun_starts_two_processes_and_hands_them_a_signal(pictures, tmp_path):
     torchrun = "-m torch.distributed.run --nproc_per_node 2 --master_addr 127.0.0.1 --master_port"
     flags = tiny(pictures, tmp_path, LONG)
-    process = start(*torchrun.split(), free_port(), simdino.__file__, *flags)
-    wait_for(tmp_path / "checkpoint0002.pth", process)
-    process.send_signal(signal.SIGTERM)
-    printed = process.communicate(timeout=300)[0]
+    with start(*torchrun.split(), free_port(), simdino.__file__, *flags) as process:
+        wait_for(tmp_path / "checkpoint0002.pth", process)
+        process.send_signal(signal.SIGTERM)
+        printed = end_of(process)
     assert process.returncode and "a step: 8 images = 1 rounds x 2 processes x 4" in printed
     step = weights_of(tmp_path)["step"]
     assert f"SIGTERM: saved {tmp_path}/checkpoint.pth at step {step}\n" in printed
@@ -1242,23 +1263,18 @@ def test_torchrun_starts_two_processes_and_hands_them_a_signal(pictures, tmp_pat
 
 def test_a_run_whose_workers_fail_ends_and_leaves_none(pictures, tmp_path):
     data = shutil.copytree(pictures, tmp_path / "data")
-    process = start(simdino.__file__, *tiny(data, tmp_path / "out", LONG))
-    wait_for(tmp_path / "out" / "checkpoint0002.pth", process)
-    shutil.rmtree(data / "train")
-    printed = process.communicate(timeout=300)[0]
+    with start(simdino.__file__, *tiny(data, tmp_path / "out", LONG)) as process:
+        wait_for(tmp_path / "out" / "checkpoint0002.pth", process)
+        shutil.rmtree(data / "train")
+        printed = end_of(process)
     assert process.returncode == 1 and f"none of 1000 images in {data}/train can be read" in printed
-    deadline = time.monotonic() + 60  # workers look after the main process every 5 seconds
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
 
 
 def test_a_pipe_that_closes_does_not_end_the_run(pictures, tmp_path):
-    process = start(simdino.__file__, *tiny(pictures, tmp_path))
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(300) in (0, 120)  # 120: Python could not write a warning
+    with start(simdino.__file__, *tiny(pictures, tmp_path)) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(300) in (0, 120)  # 120: Python could not write a warning
     assert weights_of(tmp_path)["step"] == 12
 
 
@@ -1285,9 +1301,11 @@ def test_saved_every_15_minutes_and_after_an_epoch_if_a_minute_has_passed(
     flags = tiny(pictures, tmp_path, "--eval_freq 0 --saveckp_freq 0", flags)
     printed = run(simdino, *flags, changes=[partial(clock_of_steps, seconds)])
     assert [int(step) for step in re.findall(r"saved (\d+)", printed)] == expected
+    batch_size = weights_of(tmp_path)["args"]["batch_size"]
+    assert log_of(tmp_path)[-1]["img_s"] == approx(batch_size / seconds)
 
 
-# ----------------------------------------------------------------------- a run is what its flags say
+# ---------------------------------------------------------------------- a run is what its flags say
 
 
 @pytest.fixture(scope="module")
@@ -1304,16 +1322,52 @@ def copied(begun, tmp_path):
 
 
 METHOD = (  # another value of each option that is the method
-    "seed 1, arch vit_tiny, patch_size 16, hidden_dim 16, drop_path_rate 0.0, global_crops_size 48, "
-    "local_crops_size 32, local_crops_number 3, global_crops_scale 0.3 0.9, local_crops_scale 0.2 "
-    "0.3, coeff 2.0, eps_sq 4.0, group_size 2, gamma 0.5, expa_type 0, batch_size 16, lr 0.1, "
-    "min_lr 0.001, warmup_epochs 2.0, weight_decay 0.1, weight_decay_end 0.3, clip_grad 1.0, "
-    "momentum_teacher 0.95"
+    "seed 1, arch vit_tiny, patch_size 16, hidden_dim 16, drop_path_rate 0.3, batch_size 16, "
+    "global_crops_size 48, local_crops_size 32, local_crops_number 3, "
+    "global_crops_scale 0.3 0.9, local_crops_scale 0.2 0.3, "
+    "coeff 2.0, eps_sq 4.0, group_size 2, gamma 0.5, expa_type 0, lr 0.1, min_lr 0.001, "
+    "warmup_epochs 2.0, weight_decay 0.1, weight_decay_end 0.3, clip_grad 1.0, momentum_teacher 0.7"
 )
 METHOD_OF_V2 = (
-    ", num_register_tokens 2, layerscale 0.3, mask_sample_probability 0.4, mask_ratio_min_max 0.2 "
-    "0.3, ibot_loss_weight 2.0, layerwise_decay 0.5, patch_embed_lr_mult 0.3"
+    ", num_register_tokens 2, layerscale 0.3, mask_sample_probability 0.4, "
+    "mask_ratio_min_max 0.2 0.3, ibot_loss_weight 2.0, layerwise_decay 0.5, patch_embed_lr_mult 0.3"
 )
+
+
+def method_of(script):
+    """By name, another value of each option that is the method."""
+    text = METHOD + (METHOD_OF_V2 if script is simdinov2 else "")
+    return dict(option.split(" ", 1) for option in text.split(", "))
+
+
+def test_the_options_reach_the_images_and_the_model(script, pictures, tmp_path):
+    flags = [f"--{name} {value}" for name, value in method_of(script).items()]
+    args = script.parse_args(tiny(pictures, tmp_path, *flags))
+    images, _ = script.open_images(args)
+    crops = [[*crop.size, *crop.scale] for crop in images.transform.crops]
+    assert crops == [[48, 48, 0.3, 0.9]] * 2 + [[32, 32, 0.2, 0.3]] * 3
+    model = script.build(args, CPU)
+    loss_fn = model.loss_fn
+    assert [loss_fn.eps_sq, loss_fn.coeff, loss_fn.gamma, loss_fn.expa_type] == [4.0, 2.0, 0.5, 0]
+    backbone = model.student.backbone
+    assert [images.seed, model.clip_grad, backbone.drop_path_rate] == [1, 1.0, 0.3]
+    if script is simdinov2:
+        assert [backbone.num_register_tokens, model.patch_weight] == [2, 2.0]
+        assert backbone.blocks[0].ls1.gamma[0].item() == approx(0.3)
+    args.seed = 2
+    assert not torch.equal(script.build(args, CPU).params[0], model.params[0])
+
+
+def test_the_built_in_data_have_no_image_in_both_splits(tmp_path):
+    flags = "--max_steps 1 --eval_freq 0 --num_workers 0 --output_dir"
+    printed = run(simdino, flags, tmp_path)
+    assert "a step: 64 images = 1 rounds x 1 processes x 64; 400 steps = 8 epochs x 50\n" in printed
+    images = {}
+    for path in (tmp_path / "patterns").rglob("*.png"):
+        images.setdefault(path.read_bytes(), path)
+    assert len(images) == 3200 + 800
+
+
 MAY_CHANGE = (
     "data_path output_dir pretrained_weights small_images resume_anyway batch_size_per_gpu epochs "
     "max_steps amp compile grad_checkpointing num_workers saveckp_freq eval_freq"
@@ -1322,8 +1376,8 @@ MAY_CHANGE = (
 
 def test_another_method_does_not_resume_and_is_named(script, copied, pictures, tmp_path):
     before = files_of(copied)
-    method = METHOD + (METHOD_OF_V2 if script is simdinov2 else "")
-    changed = dict(text.split(" ", 1) for text in method.split(", "))
+    changed = method_of(script)
+    assert {*MAY_CHANGE.split()} == script.MAY_CHANGE_ON_RESUME
     assert {*changed, *MAY_CHANGE.split()} == vars(script.parse_args([])).keys()
     flags = [f"--{name} {value}" for name, value in changed.items()]
     message = run(script, *tiny(pictures, copied, *flags), status=1)
@@ -1331,15 +1385,12 @@ def test_another_method_does_not_resume_and_is_named(script, copied, pictures, t
     message = re.sub(r"[\[\],]", "", message.split("of another run (")[-1])
     named = re.findall(r"(\w+) [^;]+? not ([^;)]+)", message)
     assert dict(named) == changed, message
-    # As many images, one of another name; and other images of the same names
-    data = Path(shutil.copytree(pictures, tmp_path / "data"))
-    (data / "train" / "kind0" / "0.png").rename(data / "train" / "kind0" / "new.png")
+    # Other images of the same names
     other = Path(shutil.copytree(pictures, tmp_path / "other"))
     for path in other.glob("train/*/*"):
         path.write_bytes(path.read_bytes() + b"more")
-    for root in data, other:
-        message = run(script, *tiny(root, copied, "--group_size 4"), status=1)
-        assert re.search(r"\(images_hash \w+, not \w+\)", message)
+    message = run(script, *tiny(other, copied, "--group_size 4"), status=1)
+    assert re.search(r"\(images_hash \w+, not \w+\)", message)
     assert files_of(copied) == before
 
 
@@ -1360,6 +1411,7 @@ def test_with_resume_anyway_a_run_goes_on_without_deleted_images(script, picture
     run(script, *flags, "--max_steps 5")
     for kind in "kind0", "kind2":
         (data / "train" / kind / "0.png").unlink()
+    assert "images_hash" in run(script, *flags, status=1)
     run(script, *flags, "--resume_anyway")
     state = weights_of(output)
     # 28 images are 2 steps an epoch: of the second epoch's two steps that were done, one counts
@@ -1381,10 +1433,14 @@ def test_checkpoints_that_cannot_be_read_are_left_as_they_are(script, finished, 
     torch.save({"student": Code(tmp_path / "mark")}, path)
     hostile = path.read_bytes()
     good = (finished[0] / "checkpoint.pth").read_bytes()
-    for content in b"junk", good[: len(good) // 2], hostile:
+    reasons = {good[: len(good) // 2]: "failed finding central directory", hostile: "posix.system"}
+    for content, reason in reasons.items():
         path.write_bytes(content)
-        run(script, *tiny(pictures, tmp_path), status=1)
-        assert path.read_bytes() == content and not (tmp_path / "mark").exists()
+        assert reason in run(script, *tiny(pictures, tmp_path), status=1)
+        assert path.read_bytes() == content
+    with pytest.raises(pickle.UnpicklingError, match="posix.system"):
+        script.load_pretrained(path, None)
+    assert not (tmp_path / "mark").exists()
 
 
 # ----------------------------------------------------------------------------- when things go wrong
@@ -1442,7 +1498,6 @@ def test_folders_that_cannot_be_used_are_named(pictures, tmp_path):
 
 def small_disk(script):
     """A change: the limit on a file's size makes a write fail half-way, as a full disk does."""
-    resource = pytest.importorskip("resource")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
 
@@ -1468,21 +1523,23 @@ def other_images(script):
 
 
 @parametrize(
-    "fault, reason",
+    "fault, reason, saved",
     [
-        (at("SimDINO.step", 4, partial(fail, ValueError("no step")), process=1), "no step"),
-        (at("knn_accuracy", 2, partial(fail, ValueError("no k-NN")), process=1), "no k-NN"),
-        (at("knn_accuracy", 2, KILL, process=1), "Connection|recv|closed"),
-        (other_images, "the processes find different images or checkpoints"),
+        (at("SimDINO.step", 4, partial(fail, ValueError("no step")), process=1), "no step", 3),
+        (at("knn_accuracy", 3, partial(fail, ValueError("no k-NN")), process=1), "no k-NN", 6),
+        (at("knn_accuracy", 3, KILL, process=1), "Connection|recv|closed", 6),
+        (other_images, "the processes find different images or checkpoints", 0),
     ],
     ids=words("step k-NN kill images"),
 )
-def test_what_ends_one_process_ends_all_and_damages_nothing(pictures, tmp_path, fault, reason):
+def test_what_ends_one_process_ends_all_and_damages_nothing(
+    pictures, tmp_path, fault, reason, saved
+):
     """No launcher is there to kill the other: it ends by itself."""
     flags = tiny(pictures, tmp_path, "--eval_freq 1")
-    printed = run(simdino, *flags, world=2, changes=[fault], status=None)
+    printed = run(simdino, *flags, world=2, changes=[fast_clock, fault], status=None)
     assert re.search(reason, printed), printed
-    assert "checkpoint.pth" not in files_of(tmp_path) or weights_of(tmp_path)["step"] == 3
+    assert not saved or weights_of(tmp_path)["step"] == saved
 
 
 # ---------------------------------------------------------------------- the images and their labels
@@ -1497,10 +1554,10 @@ def photo(width=48, height=32):
 
 @parametrize("file", words("RGB.jpg RGB.webp L.png P.png RGBA.png CMYK.jpg 1.tif LA.png"))
 def test_load_image_gives_what_pillow_shows(tmp_path, file):
-    photo().convert(file.split(".")[0]).save(tmp_path / file)
+    photo(500, 375).convert(file.split(".")[0]).save(tmp_path / file)
     expected = TF.pil_to_tensor(Image.open(tmp_path / file).convert("RGB"))
     image = simdino.load_image(tmp_path / file)
-    assert image.dtype == torch.uint8 and image.shape == (3, 32, 48)
+    assert image.dtype == torch.uint8 and image.shape == (3, 375, 500)
     assert (image.int() - expected.int()).abs().max() <= 2
 
 
@@ -1526,7 +1583,7 @@ def test_an_image_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     contents = {
         "cannot identify": b"",
         "truncated": whole[:3000],
-        "I;16 has more than 8 bits": deep,
+        "mode I.* has more than 8 bits": deep,
     }
     for reason, content in contents.items():
         path.write_bytes(content)
@@ -1550,18 +1607,18 @@ def open_images(root, *flags):
     return simdino.open_images(args)
 
 
-def test_a_label_is_the_first_folder_and_hidden_names_do_not_exist(tmp_path, capsys):
+def test_a_label_is_the_first_folder_and_hidden_names_are_skipped(tmp_path):
     tree(tmp_path, "train/a/x/1.JPEG", "train/a/y/z/1.tiff", "train/b/x/1.webp", "train/0.png")
-    tree(tmp_path, "val/b/1.png", "val/a/y/1.png", "val/0.png", "val/new/1.png", "0.png")
+    tree(tmp_path, "val/b/1.png", "val/a/y/1.png", "val/0.png", "val/new/1.png", "test/a/1.png")
     tree(tmp_path, "train/notes.txt", "train/.git/1.png", "train/a/._1.png", "elsewhere/1.png")
     (tmp_path / "train" / "b" / "linked").symlink_to("../../elsewhere")
     images, knn_images = open_images(tmp_path)
-    labels = {"a/x/1.JPEG": 0, "a/y/z/1.tiff": 0, "b/linked/1.png": 1, "b/x/1.webp": 1, "0.png": -1}
-    val_labels = {"0.png": -1, "a/y/1.png": 0, "b/1.png": 1, "new/1.png": -1}
-    splits = {images: labels, knn_images["train"]: labels, knn_images["val"]: val_labels}
-    for split, expected in splits.items():
-        assert dict(zip(split.names.tolist(), split.labels.tolist())) == expected
-    assert f"{tmp_path}/train: 5 images, 2 class folders, 1 other files" in capsys.readouterr().out
+    labels = [("0.png", -1), ("a/x/1.JPEG", 0), ("a/y/z/1.tiff", 0)]
+    labels += [("b/linked/1.png", 1), ("b/x/1.webp", 1)]
+    val_labels = [("0.png", -1), ("a/y/1.png", 0), ("b/1.png", 1), ("new/1.png", -1)]
+    splits = (images, labels), (knn_images["train"], labels), (knn_images["val"], val_labels)
+    for split, expected in splits:
+        assert [*zip(split.names.tolist(), split.labels.tolist())] == expected
 
 
 @parametrize(
@@ -1577,7 +1634,7 @@ def test_a_label_is_the_first_folder_and_hidden_names_do_not_exist(tmp_path, cap
         "train/a/ train/b/ val>train",
     ],
 )
-def test_where_there_is_no_accuracy_one_line_says_why(capsys, tmp_path, paths):
+def test_where_there_is_no_accuracy_one_line_says_what_it_needs(capsys, tmp_path, paths):
     if paths.endswith("val>train"):
         (tmp_path / "val").symlink_to("train")
     tree(tmp_path, *paths.removesuffix("val>train").split())
@@ -1595,8 +1652,6 @@ def test_center_crop_is_resize_256_crop_224_also_of_strips():
     expected = TF.center_crop(TF.resize(image, 256, bicubic, antialias=True), [224, 224])
     difference = simdino.center_crop(image, 224).int() - expected.int()
     assert difference.abs().float().mean() < 1
-    small = image[:, :32, :32]
-    assert torch.equal(simdino.center_crop(small, 32), small)
     strip = torch.full((3, 1, 20000), 77, dtype=torch.uint8)
     for view in [simdino.center_crop(strip, 32), *simdino.MultiCrop(32, 16)(strip)]:
         assert (view == 77).all()
@@ -1662,7 +1717,6 @@ def checkpoint(kind):
         "official v1, flat": v1,
         "official v2, chunked": {"teacher": prefixed("backbone.", chunks)},
         "official v2, flat": v2,
-        "timm's classifier": v1 | {"head.weight": torch.ones(5, 128), "head.bias": torch.ones(5)},
     }[kind]
 
 
@@ -1689,19 +1743,16 @@ def test_training_starts_from_weights(tmp_path, monkeypatch, capsys, kind):
         assert_close(student[f"backbone.{name}"], tensor)
 
 
-def test_a_run_from_weights_resumes_without_them(script, finished, pictures, tmp_path):
+def test_a_run_reads_the_weights_to_start_from_only_once(script, finished, pictures, tmp_path):
     first = finished[0] / "checkpoint.pth"
-    flags = tiny(pictures, tmp_path, "--lr 1e-12")
-    start = ["--pretrained_weights", first]
-    printed = run(script, *flags, *start, "--max_steps 1")
-    assert f"starts from {first}: backbone and head\n" in printed
-    for name, x in weights_of(tmp_path)["student"].items():
-        assert_close(x, weights_of(finished[0])["teacher"][name])
-    printed = run(script, *flags, *start, "--max_steps 2")
+    flags = tiny(pictures, tmp_path, "--lr 1e-12 --pretrained_weights", first)
+    assert f"starts from {first}: backbone and head\n" in run(script, *flags, "--max_steps 1")
+    assert_close(weights_of(tmp_path)["student"], dict(weights_of(finished[0])["teacher"]))
+    printed = run(script, *flags, "--max_steps 2")
     assert "saved at step 1\n" in printed and "starts from" not in printed
 
 
-# ------------------------------------------------------------------------ evaluation: the weights
+# -------------------------------------------------------------------------- evaluation: the weights
 
 
 @parametrize(
@@ -1710,7 +1761,6 @@ def test_a_run_from_weights_resumes_without_them(script, finished, pictures, tmp
         ("ours, v1", 1, []),
         ("official v1", 1, []),
         ("official v1, flat", 1, []),
-        ("timm's classifier", 1, ["head.weight", "head.bias"]),
         ("ours, v2", 2, ["mask_token"]),
         ("official v2, chunked", 2, ["mask_token"]),
         ("official v2, flat", 2, ["mask_token"]),
@@ -1769,11 +1819,10 @@ def test_other_files_are_refused_with_what_they_have(tmp_path, monkeypatch, cont
 
 
 def test_one_of_several_weights_and_the_number_of_heads_may_be_chosen(tmp_path):
-    torch.save({"ema": weights(1, 384), "net": {"backbone": weights(1, 96)}}, tmp_path / "w.pth")
-    model, _ = eval_linear.load_backbone(tmp_path / "w.pth", "ema")
-    assert model.width == 384 and model.blocks[0].attn.num_heads == 6
-    model, _ = eval_linear.load_backbone(tmp_path / "w.pth", "net.backbone", 8)
-    assert model.width == 96 and model.blocks[0].attn.num_heads == 8
+    torch.save({"ema": weights(1, 96), "net": {"backbone": weights(1, 384)}}, tmp_path / "w.pth")
+    for key, heads, expected in ("ema", 8, [96, 8]), ("net.backbone", None, [384, 6]):
+        model, _ = eval_linear.load_backbone(tmp_path / "w.pth", key, heads)
+        assert [model.width, model.blocks[0].attn.num_heads] == expected
 
 
 def test_safetensors_are_read_by_their_package(tmp_path):
@@ -1784,7 +1833,7 @@ def test_safetensors_are_read_by_their_package(tmp_path):
     check_same(dict(model.state_dict()), tensors)
 
 
-# ------------------------------------------------------------- evaluation: k-NN and the linear probe
+# ------------------------------------------------------------ evaluation: k-NN and the linear probe
 
 
 @pytest.fixture(scope="module")
@@ -1827,14 +1876,12 @@ evaluate = partial(run, eval_linear)
 def results_of(folder):
     """The last line of results, and the classifier. The state of the probe is gone."""
     assert not [*folder.glob("probe-*.pth")]
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    results = json.loads(lines[-1], parse_constant=pytest.fail)
-    return results, torch.load(folder / "classifier.pth", weights_only=True)
+    classifier = torch.load(folder / "classifier.pth", weights_only=True)
+    return json_lines(folder / "results.jsonl")[-1], classifier
 
 
 def test_accuracies_are_those_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
-    torch.manual_seed(0)
     labels = torch.tensor([0, 0, 0, 1, 4, 4, 5]).repeat(20)  # no 2, no 3
     predicted = torch.where(torch.rand(140) < 0.5, labels, labels.roll(1))
     figures = eval_linear.accuracies(predicted, labels)
@@ -1845,9 +1892,9 @@ def test_accuracies_are_those_of_scikit_learn():
 
 def test_knn_is_the_figure_of_the_training_run(finished, pictures, tmp_path):
     path = finished[0] / "checkpoint.pth"
-    flags = words("--weights", path, "--data_path", pictures, "--epochs 0 --output_dir", tmp_path)
-    evaluate(*flags)
-    results = json.loads((tmp_path / "results.jsonl").read_text())
+    more = "--epochs 0 --num_workers 0 --output_dir"
+    evaluate("--weights", path, "--data_path", pictures, more, tmp_path)
+    (results,) = json_lines(tmp_path / "results.jsonl")
     assert results["knn"]["20"]["top1"] == approx(log_of(finished[0])[-1]["knn"])
     assert results["options"]["crop_size"] == 32
 
@@ -1894,15 +1941,15 @@ def test_a_probe_that_is_killed_goes_on_to_the_same_bits(evaluated, tmp_path, st
     flags, output, _ = evaluated
     flags = [*flags, "--output_dir", tmp_path]
     evaluate(*flags, changes=[at("write", state + 1, KILL)], status=KILLED)
-    assert "resumed" not in evaluate(*flags, "--batch_size 8"), "it is another run"
+    assert "resumed" not in evaluate(*flags, "--batch_size 8")  # it is another run
     assert ": 2 epochs are done\n" in evaluate(*flags)
     results, classifier = results_of(tmp_path)
     alone, expected = results_of(output)
     check_same(classifier["weight"], expected["weight"])
     assert results["probe"] == alone["probe"]
     assert files_of(tmp_path)["predictions.csv"] == files_of(output)["predictions.csv"]
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["options"]["batch_size"] for line in lines] == [8, 16]
+    runs = json_lines(tmp_path / "results.jsonl")
+    assert [found["options"]["batch_size"] for found in runs] == [8, 16]
 
 
 def test_two_processes_judge_as_one(evaluated, tmp_path):
@@ -1910,26 +1957,21 @@ def test_two_processes_judge_as_one(evaluated, tmp_path):
     evaluate(*flags, "--output_dir", tmp_path, world=2)
     results, classifier = results_of(tmp_path)
     alone, expected = results_of(output)
-    assert results["knn"] == alone["knn"] and results["probe"]["best"] == alone["probe"]["best"]
+    assert results["knn"] == alone["knn"]
     assert_close(classifier["weight"], expected["weight"], rtol=1e-3, atol=1e-4)
-    assert files_of(tmp_path)["predictions.csv"] == files_of(output)["predictions.csv"]
 
 
 def features_of(n, per_class, seed=0):
-    """As extract gives them: n classes whose means are close together, for linear_probe."""
+    """As extract gives them: n classes whose means are close together."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n * per_class) % n
     means = np.random.default_rng(99).normal(0, 0.5, (n, 1, 16))
     features = means[labels] + rng.normal(0, 1, (n * per_class, 5, 16))
-    return SimpleNamespace(
-        root="val",
-        names=labels.astype(str),
-        labels=torch.from_numpy(labels),
-        features=torch.from_numpy(features).float(),
-    )
+    features = torch.from_numpy(features).float()
+    return SimpleNamespace(labels=torch.from_numpy(labels), features=features)
 
 
-MODEL = SimpleNamespace(blocks=range(4), width=16, cls_token=torch.zeros(1))
+MODEL = SimpleNamespace(blocks=range(4), width=16)
 
 
 def test_candidates_side_by_side_train_as_each_would_alone(tmp_path):
@@ -1963,7 +2005,7 @@ def test_candidates_side_by_side_train_as_each_would_alone(tmp_path):
         assert moved > 0 and (head.weight - alone.weight).norm() < 1e-3 * moved
 
 
-def test_what_is_held_out_is_a_tenth_or_more_of_few_and_never_the_last_of_a_class():
+def test_a_tenth_or_more_of_few_is_held_out_and_never_the_last_of_a_class():
     for n, expected in (5000, 500), (300_000, 10_000), (400, 100), (120, 60):
         held, part = eval_linear.hold_out(np.arange(n) % 10, 100, 0)
         assert len(held) == expected and sorted([*held, *part]) == [*range(n)]
@@ -1992,38 +2034,25 @@ def test_features_of_any_folder_are_written_by_any_number_of_processes(base, dat
     evaluate(*flags, tmp_path / "two.npz", world=2)
     one = np.load(tmp_path / "one.npz")
     two = np.load(tmp_path / "two.npz")
-    assert np.array_equal(one["names"], two["names"]) and len(set(one["names"])) == 32
+    assert np.array_equal(one["names"], two["names"])
     assert np.allclose(one["features"], two["features"], atol=1e-5)
     model, _ = eval_linear.load_backbone(base[1])
     model.mean = [0.5, 0.5, 0.5]
     model.std = [0.25, 0.5, 0.5]
     for name, label, features in zip(*(one[key] for key in ("names", "labels", "features"))):
-        assert label == name[:5].removesuffix("none.")
+        assert label == Path(name).parent.name
         image = eval_linear.load_image(data / "val" / name)
         z = eval_linear.encode(model, eval_linear.center_crop(image, 16)[None])[0, -2]
         assert np.allclose(features, z, rtol=1e-4, atol=1e-5)
     assert "exists already" in evaluate(*flags, tmp_path / "one.npz", status=1)
 
 
-@parametrize(
-    "names, labels",
-    [
-        ("a/1.png b/c/2.png 3.png", ["a", "b", ""]),
-        ("train/a/1.png test/b/x/2.png train/3.png", ["a", "b", ""]),
-        ("apple/1.png train/2.png", ["apple", "train"]),  # two classes of CIFAR-100
-    ],
-)
-def test_a_label_of_features_is_the_first_folder_below_the_split(names, labels):
-    assert eval_linear.labels_of(names.split()) == labels
-
-
-def test_pictures_have_a_row_an_image(base, data, tmp_path):
+def test_pictures_have_one_row_per_image(base, data, tmp_path):
     picture = data / "val" / "kind0" / "01.png"
     evaluate(*base[:2], "--crop_size 64 --pictures", tmp_path / "out.png", picture, picture)
-    pixels = TF.pil_to_tensor(Image.open(tmp_path / "out.png")).float()
+    pixels = TF.pil_to_tensor(Image.open(tmp_path / "out.png"))
     assert pixels.shape == (3, 2 * 172 + 4, 5 * 172 + 4)  # image, 3 heads, patch features
-    assert torch.equal(pixels[:, 4:172], pixels[:, 176:344]), "the same image twice"
-    assert min(tile.std() for tile in pixels[:, 4:172].split(172, dim=2)[:5]) > 5
+    assert torch.equal(pixels[:, 4:172], pixels[:, 176:344])  # the same image twice
 
 
 @parametrize("kind", ["v1", "v2"])
@@ -2043,7 +2072,7 @@ def test_timm_loads_an_exported_backbone_strictly_by_the_line_printed(tmp_path, 
             assert_close(theirs(x), expected, rtol=1e-5, atol=1e-4)
 
 
-# ------------------------------------------------------------------- evaluation: the segmentation
+# --------------------------------------------------------------------- evaluation: the segmentation
 
 IDS = np.array([0, 50, 200])  # of three classes
 
@@ -2145,24 +2174,25 @@ def test_scenes_are_mirrored_with_their_masks(streets):
     assert 5 < mirrored < 19
 
 
-# ----------------------------------------------------------------------------------- the README
+# --------------------------------------------------------------------------------------- the README
 
-README = (FOLDER / "README.md").read_text()
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@parametrize("number", range(len(SNIPPETS)))
+@parametrize("number", range(2))
 def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path, capsys, number):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(FOLDER)
-    text = SNIPPETS[number]
-    if "photos.npz" in text:
+    if number == 0:
         features = np.array([[3.0, 0], [0, 1], [1, 1], [2, 1]])
         np.savez("photos.npz", features=features, names=["a", "b", "c", "d"], labels=[""] * 4)
-    Path("snippet.py").write_text(text)
+    Path("snippet.py").write_text(SNIPPETS[number], encoding="utf-8")
     names = runpy.run_path("snippet.py")
-    assert "photos.npz" not in text or "['d' 'c' 'b']" in capsys.readouterr().out
-    assert "loss" not in names or names["loss"].requires_grad
+    if number == 0:
+        assert "['d' 'c' 'b']" in capsys.readouterr().out
+    else:
+        assert names["loss"].requires_grad
 
 
 ROWS_OF_README = re.findall(
@@ -2170,13 +2200,13 @@ ROWS_OF_README = re.findall(
 )
 
 
-@parametrize("images, gpus, eps_sq, kind, rate", ROWS_OF_README)
-def test_the_rates_in_the_readme_follow_from_the_formula(images, gpus, eps_sq, kind, rate):
+@parametrize("number", range(3))
+def test_the_rates_in_the_readme_follow_from_the_formula(number):
+    images, gpus, eps_sq, kind, rate = ROWS_OF_README[number]
     n = int(images)
     gamma = 1 / 256 + 1 / (n * int(gpus))
     z = torch.eye(n, 256)
     if kind == "collapsed":
         z = z[:1].expand(n, 256)
-    assert float(eps_sq) == approx(0.05 * int(gpus))
     expected = gamma * coding_rate(z.double(), float(eps_sq)).item()
     assert f"{expected:.{len(rate) - 2}f}" == rate

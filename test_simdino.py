@@ -2,10 +2,10 @@
 """What the three scripts promise, in the order in which they promise it.
 
 Numbers marked `official` come from the code of github.com/RobinWu218/SimDINO at commit 8149fc4, run
-on the same inputs by the lines beside them. What the scripts have in the same words is tested in
-one of them. A run has processes of its own: run() starts them and waits for their end, and at()
-changes a function of the script there, so that it fails or kills its process. All is on the CPU but
-what is marked.
+on the same inputs as the comments beside them say. What the scripts have in the same words is
+tested in one of them. A run has processes of its own: run() starts them and waits for their end,
+and at() changes a function of the script there, so that it fails or kills its process. Everything
+runs on the CPU but test_training_on_a_gpu.
 """
 
 import argparse
@@ -1674,6 +1674,15 @@ def test_knn_is_that_of_scikit_learn(k):
     assert_close(nearest, (z @ bank.T).amax(1))
 
 
+def test_knn_of_a_run_is_the_figure_of_the_judge(finished, pictures, tmp_path):
+    path = finished[0] / "checkpoint.pth"
+    more = "--epochs 0 --num_workers 0 --output_dir"
+    run(eval_linear, "--weights", path, "--data_path", pictures, more, tmp_path)
+    (results,) = json_lines(tmp_path / "results.jsonl")
+    assert results["knn"]["20"]["top1"] == approx(log_of(finished[0])[-1]["knn"])
+    assert results["options"]["crop_size"] == 32
+
+
 def test_effective_rank_counts_the_directions_in_use():
     assert effective_rank(torch.ones(16, 32)) == approx(1, rel=1e-4)
     p = F.normalize(waves(12, a=0.37).abs() + 0.1, p=1, dim=0)
@@ -1770,7 +1779,9 @@ def test_weights_of_every_format_give_the_official_features(tmp_path, kind, vers
     torch.save(checkpoint(kind), tmp_path / "weights.pth")
     model, dropped = eval_linear.load_backbone(tmp_path / "weights.pth", num_heads=2)
     assert dropped == left_out
-    expected = {  # official: CLS of the last 4 blocks and mean patch of the last, in float64
+    # official: get_intermediate_layers of both ViTs with weights() in them, in float64: CLS of the
+    #     last 4 blocks and the mean patch of the last
+    expected = {
         (1, 32): -3.0275591342386177,
         (1, 48): 1.681385036146514,  # positions interpolated as in DINO
         (2, 32): 16.930229918759338,
@@ -1888,15 +1899,6 @@ def test_accuracies_are_those_of_scikit_learn():
     assert figures["top1"] == approx(100 * metrics.accuracy_score(labels, predicted))
     balanced = metrics.balanced_accuracy_score(labels, predicted)
     assert figures["class_mean"] == approx(100 * balanced)
-
-
-def test_knn_is_the_figure_of_the_training_run(finished, pictures, tmp_path):
-    path = finished[0] / "checkpoint.pth"
-    more = "--epochs 0 --num_workers 0 --output_dir"
-    evaluate("--weights", path, "--data_path", pictures, more, tmp_path)
-    (results,) = json_lines(tmp_path / "results.jsonl")
-    assert results["knn"]["20"]["top1"] == approx(log_of(finished[0])[-1]["knn"])
-    assert results["options"]["crop_size"] == 32
 
 
 @pytest.fixture(scope="module", params=["", "--cached"], ids=["crops", "cached"])

@@ -1604,12 +1604,12 @@ def open_images(root, *flags):
 
 
 def test_a_label_is_the_first_folder_and_hidden_names_are_skipped(tmp_path):
-    tree(tmp_path, "train/a/x/1.JPEG", "train/a/y/z/1.tiff", "train/b/x/1.webp", "train/0.png")
+    tree(tmp_path, "train/a/x/1.JPEG", "train/a/x/0.tiff", "train/b/x/1.webp", "train/0.png")
     tree(tmp_path, "val/b/1.png", "val/a/y/1.png", "val/0.png", "val/new/1.png", "test/a/1.png")
     tree(tmp_path, "train/notes.txt", "train/.git/1.png", "train/a/._1.png", "elsewhere/1.png")
     (tmp_path / "train" / "b" / "linked").symlink_to("../../elsewhere")
     images, knn_images = open_images(tmp_path)
-    labels = [("0.png", -1), ("a/x/1.JPEG", 0), ("a/y/z/1.tiff", 0)]
+    labels = [("0.png", -1), ("a/x/0.tiff", 0), ("a/x/1.JPEG", 0)]
     labels += [("b/linked/1.png", 1), ("b/x/1.webp", 1)]
     val_labels = [("0.png", -1), ("a/y/1.png", 0), ("b/1.png", 1), ("new/1.png", -1)]
     splits = (images, labels), (knn_images["train"], labels), (knn_images["val"], val_labels)

@@ -1329,6 +1329,10 @@ METHOD_OF_V2 = (
     ", num_register_tokens 2, layerscale 0.3, mask_sample_probability 0.4, "
     "mask_ratio_min_max 0.2 0.3, ibot_loss_weight 2.0, layerwise_decay 0.5, patch_embed_lr_mult 0.3"
 )
+MAY_CHANGE = (
+    "data_path output_dir pretrained_weights small_images resume_anyway batch_size_per_gpu epochs "
+    "max_steps amp compile grad_checkpointing num_workers saveckp_freq eval_freq"
+)
 
 
 def method_of(script):
@@ -1353,20 +1357,6 @@ def test_the_options_reach_the_images_and_the_model(script, pictures, tmp_path):
         assert backbone.blocks[0].ls1.gamma[0].item() == approx(0.3)
     args.seed = 2
     assert not torch.equal(script.build(args, CPU).params[0], model.params[0])
-
-
-def test_the_built_in_data_have_no_image_in_both_splits(tmp_path):
-    flags = "--max_steps 1 --eval_freq 0 --num_workers 0 --output_dir"
-    printed = run(simdino, flags, tmp_path)
-    assert "a step: 64 images = 1 rounds x 1 processes x 64; 400 steps = 8 epochs x 50\n" in printed
-    images = {path.read_bytes() for path in (tmp_path / "patterns").rglob("*.png")}
-    assert len(images) == 3200 + 800
-
-
-MAY_CHANGE = (
-    "data_path output_dir pretrained_weights small_images resume_anyway batch_size_per_gpu epochs "
-    "max_steps amp compile grad_checkpointing num_workers saveckp_freq eval_freq"
-)
 
 
 def test_another_method_does_not_resume_and_is_named(script, copied, pictures, tmp_path):
@@ -1633,6 +1623,14 @@ def test_where_there_is_no_accuracy_one_line_says_what_it_needs(capsys, tmp_path
     images, knn_images = open_images(tmp_path)
     assert knn_images == {} and len(images) >= 2
     assert capsys.readouterr().out.count("no k-NN accuracy: it needs ") == 1
+
+
+def test_the_built_in_data_have_no_image_in_both_splits(tmp_path):
+    flags = "--max_steps 1 --eval_freq 0 --num_workers 0 --output_dir"
+    printed = run(simdino, flags, tmp_path)
+    assert "a step: 64 images = 1 rounds x 1 processes x 64; 400 steps = 8 epochs x 50\n" in printed
+    images = {path.read_bytes() for path in (tmp_path / "patterns").rglob("*.png")}
+    assert len(images) == 3200 + 800
 
 
 # ------------------------------------------------------------------------------------ k-NN and rank

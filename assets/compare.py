@@ -4,8 +4,7 @@
     PYTHONPATH=.:OFFICIAL torchrun --nproc_per_node=2 assets/compare.py --eps 0.05 [...]
 
 DINO: a clone of facebookresearch/dino (7c446df). OFFICIAL: the folder simdino of a clone of
-RobinWu218/SimDINO (8149fc4). Both have their loss in main_dino.py; all else is simdino.py's. A run
-that was interrupted has to start anew: DINO's center and the flags below are not in its checkpoint.
+RobinWu218/SimDINO (8149fc4). Both have their loss in main_dino.py; all else is simdino.py's.
 """
 
 import argparse
@@ -47,13 +46,15 @@ def dino(model, args):
     layer = torch.nn.Linear(head.mlp[-1].out_features, OWN.prototypes, bias=False)
     head.prototypes = layer.to(model.device).weight
     model = simdino.SimDINO(backbone, head, None, args.clip_grad, dtype=model.dtype)
-    temperature, views = OWN.teacher_temp, 2 + args.local_crops_number
+    temperature = OWN.teacher_temp
+    views = 2 + args.local_crops_number
     cross_entropy = main_dino.DINOLoss(OWN.prototypes, views, temperature, temperature, 0, 1)
-    steps = []
-    head.prototypes.register_hook(lambda grad: grad * (len(steps) > OWN.frozen_steps))
+    cross_entropy.register_buffer("steps", torch.zeros(()))
+    model.saved["dino_loss"] = cross_entropy  # its center and its steps are in the checkpoint
+    head.prototypes.register_hook(lambda grad: grad * (cross_entropy.steps > OWN.frozen_steps))
 
     def loss_fn(z_s, z_t):
-        steps.append(len(steps))
+        cross_entropy.steps += 1
         student = F.linear(z_s.flatten(0, 1), F.normalize(head.prototypes, dim=-1))
         teacher = F.linear(z_t.flatten(0, 1), F.normalize(model.teacher.head.prototypes, dim=-1))
         loss = cross_entropy(student, teacher, 0)
@@ -71,5 +72,11 @@ def build(args, device, plain=simdino.build):
     return swap(plain(args, device), args)
 
 
+def parse_args(plain=simdino.parse_args):
+    """The flags of simdino.py and those of this file, so that a resumed run compares all."""
+    return argparse.Namespace(**vars(plain()), **vars(OWN))
+
+
+simdino.parse_args = parse_args
 simdino.build = build
 simdino.main()

@@ -2176,22 +2176,14 @@ def test_scenes_are_mirrored_with_their_masks(streets):
 # --------------------------------------------------------------------------------------- the README
 
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SNIPPET = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
 
 
-@parametrize("number", range(2))
-def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path, capsys, number):
-    monkeypatch.chdir(tmp_path)
+def test_the_snippet_of_the_readme_runs(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(FOLDER)
-    if number == 0:
-        features = np.array([[3.0, 0], [0, 1], [1, 1], [2, 1]])
-        np.savez("photos.npz", features=features, names=["a", "b", "c", "d"], labels=[""] * 4)
-    Path("snippet.py").write_text(SNIPPETS[number], encoding="utf-8")
-    names = runpy.run_path("snippet.py")
-    if number == 0:
-        assert "['d' 'c' 'b']" in capsys.readouterr().out
-    else:
-        assert names["loss"].requires_grad
+    (tmp_path / "snippet.py").write_text(SNIPPET, encoding="utf-8")
+    names = runpy.run_path(tmp_path / "snippet.py")
+    assert names["loss"].requires_grad
 
 
 ROWS_OF_README = re.findall(
@@ -2199,7 +2191,7 @@ ROWS_OF_README = re.findall(
 )
 
 
-@parametrize("number", range(3))
+@parametrize("number", range(2))
 def test_the_rates_in_the_readme_follow_from_the_formula(number):
     images, gpus, eps_sq, kind, rate = ROWS_OF_README[number]
     n = int(images)

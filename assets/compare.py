@@ -22,7 +22,7 @@ parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
 parser.add_argument("--prototypes", type=int, default=512)
 parser.add_argument("--eps", type=float, default=0.05)
 parser.add_argument("--teacher_temp", type=float, default=0.04)
-parser.add_argument("--frozen_steps", type=int, default=78, help="of the prototypes: an epoch")
+parser.add_argument("--frozen_steps", type=int, default=78)  # of the prototypes
 OWN, sys.argv[1:] = parser.parse_known_args()
 sys.modules["wandb"] = types.ModuleType("wandb")  # the official code imports it
 main_dino = importlib.import_module("main_dino")

@@ -1,7 +1,8 @@
-"""The pictures of README.md: PYTHONPATH=. python assets/pictures.py views patterns gamma worlds robust
+"""The pictures of README.md, by matplotlib:
 
-views and patterns need nothing; gamma, worlds and robust read the runs of measure.sh. Needs
-matplotlib.
+    PYTHONPATH=. python assets/pictures.py views patterns gamma worlds curves robust
+
+views and patterns need nothing; the others read the runs of measure.sh.
 """
 
 import json
@@ -16,8 +17,12 @@ from PIL import Image
 
 import simdino
 
-RANDOM = 28.4  # k-NN of random weights, %, in the runs of robust
+# k-NN in %: of raw pixels as measure.sh prints it, of random weights as the runs do at their start
+PIXELS = {"gamma": 34.2, "curves": 45.8}
+RANDOM = {"curves": 29.2, "robust": 28.4}
+METHODS = {"simdino": "SimDINO", "dino": "DINO"}
 BLUE, ORANGE, RED, GRAY = "#0072b2", "#e69f00", "#d55e00", "#777777"
+STYLES = {"simdino": ("o", BLUE), "dino": ("s", ORANGE)}
 SIDES = {"axes.spines.top": False, "axes.spines.right": False}
 plt.rcParams.update({"font.size": 14, "axes.titlesize": 14, "legend.fontsize": 12, **SIDES})
 plt.rcParams.update({"legend.frameon": False, "figure.constrained_layout.use": True})
@@ -70,15 +75,15 @@ def gamma():
     titles = {"knn": "k-NN, %", "train_comp_loss": "comp: cosine of pairs"}
     titles |= {"train_expa_loss": "expa: γ·R", "rank": "rank"}
     figure, axes = plt.subplots(2, 2, figsize=(6, 4.5))
-    for run, color, label in ("default", BLUE, "with R"), ("gamma0", RED, "without (γ = 0)"):
+    for run, color, label in ("built_in-0", BLUE, "with R"), ("gamma0", RED, "without (γ = 0)"):
         for axis, (key, title) in zip(axes.flat, titles.items()):
             points = [(x["epoch"] + 1, x[key]) for x in log_of(run) if x[key] is not None]
             axis.plot(*zip(*points), "o-", color=color, label=label)
             axis.set_title(title)
     for axis in axes.flat:
         axis.set_ylim(bottom=0)
-    axes[0, 0].axhline(34.2, color=GRAY, linestyle=":")
-    axes[0, 0].text(8, 35.5, "raw pixels", size=12, ha="right")
+    axes[0, 0].axhline(PIXELS["gamma"], color=GRAY, linestyle=":")
+    axes[0, 0].text(8, PIXELS["gamma"] + 1.3, "raw pixels", size=12, ha="right")
     axes[0, 1].legend()
     for axis in axes[1]:
         axis.set_xlabel("epoch")
@@ -107,21 +112,48 @@ def worlds():
     return figure
 
 
+def curves():
+    """k-NN of SimDINO and DINO over the epochs of CIFAR-10."""
+    figure, axis = plt.subplots(figsize=(6, 3.8))
+    for method, (marker, color) in STYLES.items():
+        log = log_of(f"curve-{method}")
+        points = [(0, RANDOM["curves"])]
+        points += [(x["epoch"] + 1, x["knn"]) for x in log if x["knn"] is not None]
+        print(method, points)
+        axis.plot(*zip(*points), marker + "-", color=color, label=METHODS[method])
+    end = len(log)
+    for name, value in ("raw pixels", PIXELS["curves"]), ("random weights", RANDOM["curves"]):
+        axis.axhline(value, color=GRAY, linestyle=":")
+        axis.text(end, value + 0.3, name, size=12, ha="right", va="bottom")
+    axis.set_xticks(range(0, end + 1, 4))
+    axis.set_ylim(bottom=25)
+    axis.set_xlabel("epoch of CIFAR-10")
+    axis.set_ylabel("k-NN, %")
+    axis.legend(loc="upper left")
+    return figure
+
+
 def robust():
-    """k-NN with one option changed at a time; in red what random weights give, or less."""
-    runs = [path.name.partition(" ") for path in Path("runs").glob("*dino *")]
-    rows = sorted({flags for _, _, flags in runs}, key=lambda x: (x != "default", x))
-    figure, axis = plt.subplots(figsize=(6.5, 0.32 * len(rows) + 1.2))
-    for name, marker, color in ("simdino", "o", BLUE), ("dino", "s", ORANGE):
-        knn = {flags: log_of(f"{run} {flags}")[-1]["knn"] for run, _, flags in runs if run == name}
-        label = {"simdino": "SimDINO", "dino": "DINO"}[name]
-        axis.axvline(knn["default"], color=color, alpha=0.4)
-        for flags, value in knn.items():
-            tint = color if value > RANDOM else RED
-            axis.plot(value, rows.index(flags), marker, color=tint, markersize=8)
-        axis.plot([], [], marker, color=color, label=label)
-        print(name, knn)
-    axis.axvline(RANDOM, color=GRAY, linestyle=":")
+    """k-NN with one option changed at a time, three seeds; in red what random weights give."""
+    found = {}  # by method and change: k-NN of each seed
+    for path in sorted(Path("runs").glob("*dino-[012] *")):
+        method, _, change = path.name.partition(" ")
+        key = (method[:-2], change)
+        found.setdefault(key, []).append(log_of(path.name)[-1]["knn"])
+    rows = sorted({change for _, change in found}, key=lambda x: (x != "default", x))
+    figure, axis = plt.subplots(figsize=(6.5, 0.36 * len(rows) + 1.2))
+    for method, (marker, color) in STYLES.items():
+        axis.axvline(np.mean(found[method, "default"]), color=color, alpha=0.4)
+        shift = -0.12 if method == "simdino" else 0.12
+        for change in rows:
+            knn = found.get((method, change), [])
+            if knn:
+                print(method, change, [f"{x:.1f}" for x in knn], f"mean {np.mean(knn):.1f}")
+                tint = color if np.mean(knn) > RANDOM["robust"] + 1 else RED
+                y = [rows.index(change) + shift] * len(knn)
+                axis.plot(knn, y, marker + "-", color=tint, markersize=6)
+        axis.plot([], [], marker, color=color, label=METHODS[method])
+    axis.axvline(RANDOM["robust"], color=GRAY, linestyle=":")
     axis.set_yticks(range(len(rows)), rows, size=12)
     axis.set_ylim(len(rows) - 0.4, -1.6)
     axis.set_xlabel("k-NN, %")

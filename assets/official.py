@@ -36,9 +36,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-PROCESSES, EPOCHS, STEPS = 8, 3, 10  # STEPS of an epoch
+PROCESSES = 8
+EPOCHS = 3
+STEPS = 10  # of an epoch
 FLAGS = "--batch_size 64 --batch_size_per_gpu 8 --group_size 8 --drop_path_rate 0 --eval_freq 0"
-FLAGS += f" --clip_grad 0.05 --epochs {EPOCHS} --warmup_epochs 1 --momentum_teacher 0.9 --weight_decay_end 0.4"
+FLAGS += f" --clip_grad 0.05 --epochs {EPOCHS} --warmup_epochs 1"
+FLAGS += " --momentum_teacher 0.9 --weight_decay_end 0.4"
 FLAGS_2 = " --layerscale 0.1 --layerwise_decay 0.9 --patch_embed_lr_mult 0.2"
 VIT = {"embed_dim": 96, "depth": 4, "num_heads": 3}
 
@@ -47,7 +50,9 @@ def ours(name, dtype, folder):
     """The weights after training by our script; what the official code needs is saved."""
     torch.set_default_dtype(dtype)
     script = importlib.import_module(name)
-    flags = FLAGS + FLAGS_2 * (name == "simdinov2")
+    flags = FLAGS
+    if name == "simdinov2":
+        flags += FLAGS_2
     args = script.parse_args(["--output_dir", folder, *flags.split()])
     images, _ = script.open_images(args)
     model = script.build(args, torch.device("cpu"))

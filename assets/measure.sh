@@ -59,8 +59,6 @@ curves() {
     for method in simdino dino; do
         $method --data_path cifar10 --global_crops_size 24 --epochs 20 --warmup_epochs 2 --eval_freq 2 \
             --output_dir runs/curve-$method
-        python eval_linear.py --weights runs/curve-$method/checkpoint.pth --data_path cifar10 \
-            --cached --batch_size 128 --output_dir runs/linear-$method
     done
 }
 change() { # change NAME OPTIONS_OF_SIMDINO OPTIONS_OF_DINO; - for a method: not run
@@ -80,8 +78,12 @@ robust() {
     change "ε² × 4" "--eps_sq 1.6" -
     change "γ 0.0195" "--gamma 0.0195" -
     change "teacher temp. × ½" - "--teacher_temp 0.02"
+    for run in {simdino,dino}-{0,1,2}; do # the linear accuracy of the defaults
+        python eval_linear.py --weights "runs/$run default/checkpoint.pth" --data_path small \
+            --cached --batch_size 128 --output_dir runs/linear-$run
+    done
 }
-pixels() { # k-NN of raw pixels, on the images of built_in, curves and robust
+pixels() { # k-NN of raw pixels; after built_in and robust, which make the images
     python - <<'END'
 import contextlib, types, torch, simdino
 pixels = types.SimpleNamespace(teacher=types.SimpleNamespace(backbone=torch.nn.Flatten()))

@@ -18,7 +18,7 @@ from PIL import Image
 import simdino
 
 # k-NN in %: of raw pixels as measure.sh prints it, of random weights as the runs do at their start
-PIXELS = {"gamma": 34.25, "curves": 45.8}
+PIXELS = {"gamma": 34.25, "curves": 45.8, "robust": 39.9}
 RANDOM = {"curves": 29.2, "robust": 28.4}
 METHODS = {"simdino": "SimDINO", "dino": "DINO"}
 BLUE, ORANGE, RED, GRAY = "#0072b2", "#e69f00", "#d55e00", "#777777"
@@ -78,7 +78,7 @@ def gamma():
     for run, color, label in ("built_in-0", BLUE, "with R"), ("gamma0", RED, "without (γ = 0)"):
         for axis, (key, title) in zip(axes.flat, titles.items()):
             points = [(x["epoch"] + 1, x[key]) for x in log_of(run) if x[key] is not None]
-            axis.plot(*zip(*points), "o-", color=color, label=label)
+            axis.plot(*zip(*points), "o-", color=color, label=label, clip_on=False)
             axis.set_title(title)
     for axis in axes.flat:
         axis.set_ylim(bottom=0)
@@ -134,7 +134,7 @@ def curves():
 
 
 def robust():
-    """k-NN with one option changed at a time, three seeds; in red what random weights give."""
+    """k-NN with one option changed at a time, three seeds; red: no better than random weights."""
     found = {}  # by method and change: k-NN of each seed
     for path in sorted(Path("runs").glob("*dino-[012] *")):
         method, _, change = path.name.partition(" ")
@@ -153,7 +153,9 @@ def robust():
                 y = [rows.index(change) + shift] * len(knn)
                 axis.plot(knn, y, marker + "-", color=tint, markersize=6)
         axis.plot([], [], marker, color=color, label=METHODS[method])
-    axis.axvline(RANDOM["robust"], color=GRAY, linestyle=":")
+    for name, value in ("random", RANDOM["robust"]), ("raw pixels", PIXELS["robust"]):
+        axis.axvline(value, color=GRAY, linestyle=":")
+        axis.text(value, len(rows) - 0.5, name, size=11, ha="center", va="bottom")
     axis.set_yticks(range(len(rows)), rows, size=12)
     axis.set_ylim(len(rows) - 0.4, -1.6)
     axis.set_xlabel("k-NN, %")

@@ -90,20 +90,26 @@ def gamma():
     return figure
 
 
+def metrics_of(run):
+    """Loss and comp of each step, (steps, 2)."""
+    state = torch.load(f"runs/{run}/checkpoint.pth", weights_only=True)
+    return np.array(state["metrics"])[:, :2]
+
+
 def worlds():
     """The mean cosine of the same steps on 1, 2 and 4 processes."""
+    for name in "world", "world2", "official":
+        for world in 2, 4:
+            apart = abs(metrics_of(f"{name}-{world}") - metrics_of(f"{name}-1")).max(0)
+            print(f"{name}, {world} processes: loss and comp differ by {apart}")
     figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.6), sharey=True)
     for name, title, axis in zip(("world", "official"), ("here", "official loss"), axes):
         for world, style, color in (1, "-", BLUE), (2, "--", ORANGE), (4, ":", RED):
-            state = torch.load(f"runs/{name}-{world}/checkpoint.pth", weights_only=True)
-            metrics = np.array(state["metrics"])[:, :2]  # loss and comp of each step
-            if world == 1:
-                alone = metrics
-            print(name, world, "processes, loss and comp differ by", abs(metrics - alone).max(0))
-            axis.plot(range(1, 100), metrics[:, 1], style, linewidth=2, color=color)
+            comp = metrics_of(f"{name}-{world}")[:, 1]
+            axis.plot(range(1, 100), comp, style, linewidth=2, color=color)
             if name == "official":
-                text = f"{world}: ε² {0.05 * world:g}"
-                axis.text(99, metrics[-1, 1] + (0.06 if world > 1 else -0.1), text, ha="right")
+                above = -0.1 if world == 1 else 0.06
+                axis.text(99, comp[-1] + above, f"{world}: ε² {0.05 * world:g}", ha="right")
         axis.set_title(title)
         axis.set_xlabel("step of 64 images")
     axes[0].text(99, 0.5, "1, 2, 4: ε² 0.4", ha="right")

@@ -9,25 +9,32 @@
     python eval_linear.py --weights FILE --pictures OUT.png PHOTO...
     python eval_linear.py --weights FILE --export OUT.pth                    # for timm
 
-FILE holds a plain ViT of simdino.py, simdinov2.py, official SimDINO(v2), DINO(v2) or timm. All but
-the number of heads is read off the shapes of its weights.
+FILE holds a plain ViT of simdino.py, simdinov2.py, official SimDINO(v2), DINO(v2) or timm. Its
+architecture is read off the shapes of its weights. What is not in them may have to be given: the
+--num_heads of an unusual width, and --mean and --std if it expects other pixels than ImageNet's.
 
-The first command computes DINO's weighted k-NN accuracy. Then it trains 52 linear classifiers at
-once on random crops of the images: DINOv2's 4 kinds of features x 13 learning rates. The best one
-is chosen on images of train/ that are held out, and it alone is tried on val/. With --cached, the
-classifiers see the central crop of each image, so the backbone computes each image only once.
+The first command computes k-NN accuracies, with DINO's weighted vote. Then it trains 52 linear
+classifiers at once on random crops of the images: DINOv2's 4 kinds of features x 13 learning rates.
+The best one is chosen on images of train/ that are held out; of the classifiers, it alone is tried
+on val/. If train/ has fewer than 1,000 images, it has then been trained once more, on all. With
+--cached, the classifiers see the central crop of each image, so the backbone computes each image
+only once.
 
---output_dir then has results.jsonl, a line for each run with its figures and options;
-predictions.csv, a line for each image of val/; and classifier.pth, the chosen classifier. With the
-same --batch_size, the figures are the same on any number of processes, up to rounding. If it is
-interrupted while it trains classifiers, the same command resumes from their last epoch, after it
-has extracted the features again.
+--output_dir then has:
+
+    results.jsonl           a line for each run, with its id, figures and options
+    predictions-ID.csv      for each image judged: its class, that of k-NN (k = 20), and of the probe
+    classifier-ID.pth       the chosen classifier
+
+With the same --batch_size, the figures are the same on any number of processes, up to rounding. If
+it is interrupted while it trains classifiers, the same command resumes from their last epoch, after
+it has extracted the features again.
 
 --segment resizes images and masks to one size and trains linear classifiers of patches. Its figures
 are of the resized masks: papers judge masks of the original size.
 
 Section 1 is what is computed: features, k-NN, probe, segmentation. Section 2 is the program: the
-options, and what each command does. Section 3 holds the helpers that both use.
+options, and what each command does. Section 3 holds the helpers of both.
 k-NN: "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., arXiv 2104.14294.
 The grid of classifiers: "DINOv2", Oquab et al., arXiv 2304.07193.
 """
@@ -35,6 +42,7 @@ The grid of classifiers: "DINOv2", Oquab et al., arXiv 2304.07193.
 import argparse
 import atexit
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -43,10 +51,10 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections import OrderedDict
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -59,7 +67,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -96,15 +104,15 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """x times scale, times a learned factor for each channel. Small factors start a deep ViT close
-    to the identity."""
+    """x times a learned factor for each channel. Small factors start a deep ViT close to the
+    identity."""
 
     def __init__(self, dim, value):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
-    def forward(self, x, scale=1.0):
-        return x * (scale * self.gamma).to(x.dtype)
+    def forward(self, x):
+        return x * self.gamma.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -127,10 +135,9 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """The ViT of SimDINO and of SimDINOv2, without what only training needs.
 
-    side: patches along a side of the images that it was trained on. registers: their number, or
-    None for a model as DINO's, whose positions are also resized as DINO does. layerscale: whether
-    the model has it. mean, std: of the pixels that the weights expect, ImageNet's if nothing else
-    is set.
+    side: patches along a side of the images that it was trained on. registers: how many (positions
+    are then resized as by SimDINOv2), or None (as by DINO). layerscale: whether the model has it.
+    mean, std: of the pixels that the weights expect. prefix: of its names in the file.
     """
 
     def __init__(self, side, patch_size, embed_dim, depth, num_heads, registers, layerscale):
@@ -151,6 +158,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.mean = MEAN
         self.std = STD
+        self.prefix = ""
         self.autocast = nullcontext()  # main() sets torch.autocast for GPUs
 
     def normalize(self, x):
@@ -174,7 +182,8 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, grid.flatten(2).mT], dim=1)
 
     def prepare_tokens(self, x):
-        """(B, 3, H, W) -> (B, T, D): CLS and patches with positions, registers between without."""
+        """(B, 3, H, W) -> (B, T, D): CLS token, registers, patch tokens. Registers have no position
+        embedding."""
         h, w = x.shape[-2:]
         x = self.patch_embed(x).flatten(2).mT  # (B, N, D)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
@@ -206,17 +215,32 @@ class VisionTransformer(nn.Module):
 
 # ------------------------------------------------------------------------------------- the features
 
-CLS = -2  # the row of the last block's CLS token in the features (5, D) of an image
+
+def center_crop(image, size):
+    """uint8 (3, H, W) -> (3, size, size), the centre of the image.
+
+    If the short side is larger than size * 8 / 7, it is resized to that: the usual 256 for a size
+    of 224. If it is smaller than size, it is resized to size. In between, it is not resized, where
+    DINO's would be 256.
+    """
+    height, width = image.shape[1:]
+    short = min(height, width)
+    # Of a long strip only the middle is resized, as the whole strip could need much memory.
+    middle = TF.center_crop(image, [min(height, 2 * short), min(width, 2 * short)])
+    new_short = max(size, min(short, size * 8 // 7))
+    resized = TF.resize(middle, new_short, InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop(resized, [size, size])
 
 
 @torch.no_grad()
 def encode(model, x):
-    """uint8 (B, 3, H, W) -> (B, 5, D): CLS tokens of the last 4 blocks, mean patch of the last."""
+    """uint8 (B, 3, H, W) -> (B, 5, D). Row 0 is the CLS token of the last block, row 1 its mean patch
+    token, and rows 2 to 4 are the CLS tokens of the three blocks before it."""
     with model.autocast:
         layers = model.get_intermediate_layers(model.normalize(x), 4)
-    features = [tokens[:, 0] for tokens in layers]
-    features.append(layers[-1][:, model.first_patch :].mean(1))
-    return torch.stack(features, dim=1).float()
+    cls = [tokens[:, 0] for tokens in layers]
+    mean_patch = layers[-1][:, model.first_patch :].mean(1)
+    return torch.stack([cls[-1], mean_patch, *cls[:-1]], dim=1).float()
 
 
 @torch.no_grad()
@@ -236,8 +260,9 @@ def encode_patches(model, x):
 def knn(bank, bank_labels, features, neighbours=(10, 20, 100, 200), temperature=0.07):
     """k-NN as in DINO: the k nearest rows of the bank vote with exp(cosine / temperature).
 
-    bank (N, D), bank_labels (N,), features (n, D). Returns a dictionary, for each k (or N if k is
-    larger) the predicted labels (n,), and the cosine (n,) of each feature and its nearest row.
+    bank (N, D), bank_labels (N,), features (n, D). Returns a dictionary from each k (or N if k is
+    larger) to the predicted labels (n,); and, beside it, the cosine (n,) of each feature and its
+    nearest row.
     """
     classes = int(bank_labels.max()) + 1
     bank = F.normalize(bank.float(), dim=-1)
@@ -248,7 +273,7 @@ def knn(bank, bank_labels, features, neighbours=(10, 20, 100, 200), temperature=
         cosine, rows = (z @ bank.mT).topk(neighbours[-1])
         weight = (cosine / temperature).exp()
         for k in neighbours:
-            votes = torch.zeros(len(z), classes, device=z.device)
+            votes = torch.zeros(len(z), classes, device=z.device)  # of each image, for each class
             votes.scatter_add_(1, bank_labels[rows[:, :k]], weight[:, :k])
             predictions[k].append(votes.argmax(1))
         nearest.append(cosine[:, 0])
@@ -259,7 +284,7 @@ def accuracies(predicted, labels):
     """Top-1 accuracy, and the mean of the classes' accuracies, in %. predicted, labels: (n,)."""
     correct = (predicted == labels).double()
     class_sizes = labels.bincount()
-    class_accuracies = labels.bincount(correct) / class_sizes
+    class_accuracies = labels.bincount(weights=correct) / class_sizes
     return {
         "top1": 100 * correct.mean().item(),
         "class_mean": 100 * class_accuracies[class_sizes > 0].mean().item(),
@@ -268,11 +293,11 @@ def accuracies(predicted, labels):
 
 # --------------------------------------------------------------------------------- the linear probe
 
-KINDS = {  # which rows of an image's features (5, D) a classifier sees
-    "1 block": slice(-2, -1),
-    "1 block + patches": slice(-2, 5),
-    "4 blocks": slice(0, -1),
-    "4 blocks + patches": slice(0, 5),
+KINDS = {  # which rows of encode a classifier sees
+    "1 block": [0],
+    "1 block + patches": [0, 1],
+    "4 blocks": [0, 2, 3, 4],
+    "4 blocks + patches": [0, 1, 2, 3, 4],
 }
 # Learning rates of DINOv2, for steps of 256 images
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -284,11 +309,9 @@ class Probe(nn.Module):
 
     def __init__(self, model, classes):
         super().__init__()
-        rows = range(min(4, len(model.blocks)) + 1)  # of the features
         self.heads = nn.ModuleList()
         for kind, _ in CANDIDATES:
-            seen_rows = rows[KINDS[kind]]
-            self.heads.append(nn.Linear(len(seen_rows) * model.width, classes))
+            self.heads.append(nn.Linear(len(KINDS[kind]) * model.width, classes))
 
     def scores(self, number, features):
         """The scores of candidate `number`: (B, 5, D) -> (B, classes)."""
@@ -302,53 +325,60 @@ class Probe(nn.Module):
 
 
 def hold_out(labels, fewest, seed):
-    """Cut n images in two: those to choose the best candidate by, and those to train on.
+    """Split images into held-out ones, to choose the best candidate by, and training ones.
 
     A tenth is held out, at most 10,000 images, and at least `fewest` or, if that is less, half of
     all. Each class keeps an image to train on. labels: array (n,). Returns two arrays of indices.
+    SystemExit if so few can be held out that the choice would be chance.
     """
     n = len(labels)
     wanted = min(max(n // 10, fewest), n // 2, 10000)
     order = np.random.default_rng(seed).permutation(n)
-    _, first_of_class = np.unique(labels[order], return_index=True)  # places in this order
-    held = np.delete(order, first_of_class)[:wanted]
-    if len(held) < fewest / 5:  # the choice would be chance
-        sys.exit(f"{n} images are too few for a probe: --epochs 0 gives k-NN alone")
-    return held, np.setdiff1d(order, held)
+    held = []
+    classes = set()  # of the images so far, whose first ones are not held out
+    for i in order:
+        if labels[i] in classes and len(held) < wanted:
+            held.append(i)
+        classes.add(labels[i])
+    if len(held) < fewest / 5:
+        sys.exit(f"of {n} images, only {len(held)} can be held out: too few to choose a classifier")
+    return np.array(held), np.setdiff1d(order, held)
 
 
 def choose(top1):
     """The number of the best candidate, by the accuracies of all on held-out images.
 
     Of few images, a single accuracy is much a matter of chance. So a candidate counts by the median
-    of three: its own accuracy, and those at the next lower and the next higher rate, of the same
-    kind. Among equal medians, its own accuracy decides.
+    of its own accuracy and those at the next lower and the next higher rate, of the same kind; at
+    an end of the rates, by that of the three last. Among equals, its own accuracy decides.
     """
-    top1 = np.reshape(top1, (len(KINDS), len(RATES)))
-    padded = np.pad(top1, [(0, 0), (1, 1)], mode="edge")
-    three = np.stack([padded[:, :-2], top1, padded[:, 2:]])
-    return int((np.median(three, axis=0) + 1e-3 * top1).argmax())
+    medians = []
+    for of_kind in np.reshape(top1, (len(KINDS), len(RATES))):
+        for i in range(len(RATES)):
+            first = min(max(i - 1, 0), len(RATES) - 3)
+            medians.append(np.median(of_kind[first : first + 3]))
+    return max(range(len(top1)), key=lambda number: (medians[number], top1[number]))
 
 
 def items_of_steps(count, args, first_epoch):
-    """Yields, for each step, a list: the items epoch * count + image that this process takes.
+    """Yields, for each step, a list of the items (epoch, image) that this process takes.
 
     An epoch's images, in random order, are cut into steps of --batch_size; the rest is left out.
-    Images draws the crop of an item from the epoch and the image.
     """
     size = min(args.batch_size, count)
     for epoch in range(first_epoch, args.epochs):
         order = np.random.default_rng((args.seed, epoch)).permutation(count)
         for start in range(0, count - size + 1, size):
             step = order[start : start + size]
-            yield (epoch * count + step[PROCESS::WORLD]).tolist()
+            yield [(epoch, image) for image in step[PROCESS::WORLD].tolist()]
 
 
 def fit(probe, rates, make_batches, count, args, run):
     """Train the classifiers probe.heads, each by SGD at its own rate, which falls along a cosine.
 
-    make_batches(items_of_steps) yields features and labels of each step; count: of how many images.
-    After each epoch, the state is saved in a file, from which the same run resumes.
+    make_batches(items_of_steps) yields features and labels of each step. count: how many images
+    there are to train on. After each epoch, the state is saved in a file, from which the same run
+    resumes.
     """
     torch.manual_seed(args.seed)
     for head in probe.heads:  # as in DINO
@@ -356,6 +386,8 @@ def fit(probe, rates, make_batches, count, args, run):
         nn.init.zeros_(head.bias)
     path = Path(args.output_dir, f"probe-{run['id']}-{count}.pth")
     size = min(args.batch_size, count)
+    if size < WORLD:
+        sys.exit(f"{count} images to train on are fewer than the {WORLD} processes")
     steps_per_epoch = count // size
     total = args.epochs * steps_per_epoch
     if total < 100:
@@ -366,17 +398,14 @@ def fit(probe, rates, make_batches, count, args, run):
     step = epoch * steps_per_epoch
     batches = make_batches(items_of_steps(count, args, epoch))
     for features, labels in progress(batches, total - step, "training the probe: step"):
-        optimizer.zero_grad()
-        for number in range(len(rates)):  # one by one, as the scores of all may need much memory
-            loss = probe.loss(number, features, labels) / size
-            loss.backward()
-        if WORLD > 1:
-            gradients = [p.grad for p in probe.parameters()]
-            flat = nn.utils.parameters_to_vector(gradients)
-            dist.all_reduce(flat)  # the sum; one call takes less time than one for each classifier
-            nn.utils.vector_to_parameters(flat, gradients)
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * size / 256 * (1 + math.cos(math.pi * step / total)) / 2
+        optimizer.zero_grad()
+        # One by one, as the scores of all may need much memory
+        for number in range(len(probe.heads)):
+            loss = probe.loss(number, features, labels) / size
+            loss.backward()
+        sum_over_processes([p.grad for p in probe.parameters()])
         optimizer.step()
         step += 1
         if step % steps_per_epoch == 0 and PROCESS == 0:
@@ -388,6 +417,14 @@ def fit(probe, rates, make_batches, count, args, run):
             write(path, partial(torch.save, state))
 
 
+def sum_over_processes(gradients):
+    """In place. As one tensor, because a call for each would take longer."""
+    if WORLD > 1:
+        flat = nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat, gradients)
+
+
 def resume(path, probe, optimizer):
     """Load what fit saved, if anything. Returns how many epochs are done."""
     epoch = 0
@@ -397,7 +434,7 @@ def resume(path, probe, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         epoch = state["epoch"]
         say(f"resumed {path}: {epoch} epochs are done")
-    if len(set(all_gather(epoch))) > 1:
+    if len(set(gather_values(epoch))) > 1:
         sys.exit(f"the processes find different files {path}: they have to share a disk")
     return epoch
 
@@ -410,8 +447,8 @@ PATCH_RATES = (0.3, 1.0, 3.0, 10.0, 30.0)  # learning rates for steps of 256 ima
 class PatchProbe(nn.Module):
     """For each of the PATCH_RATES, a linear classifier of patches, whose scores are interpolated.
 
-    sample: patch tokens (B, D, h, w). All tokens are normalised by their mean and variance: by
-    those of one batch, so that the figures do not depend on how processes share the images.
+    sample: patch tokens (B, D, h, w). Each channel is normalised by its mean and variance in this
+    sample, which stay the same, so that no figure depends on how processes share the images.
     """
 
     def __init__(self, sample, classes):
@@ -422,16 +459,16 @@ class PatchProbe(nn.Module):
         for _ in PATCH_RATES:
             self.heads.append(nn.Conv2d(width, classes, 1))
         self.to(sample.device)
-        self.norm(sample)  # with momentum 1, it keeps the statistics of this batch
-        self.eval()
+        self.norm(sample)  # with momentum 1, it takes the statistics of this batch
+        self.eval()  # and keeps them
 
     def scores(self, number, tokens, size):
         """The scores of candidate `number`: (B, D, h, w) -> (B, classes, *size)."""
         return F.interpolate(self.heads[number](self.norm(tokens)), size, mode="bilinear")
 
     def loss(self, number, tokens, masks):
-        """The cross-entropy of candidate `number`: of each image the sum over pixels that have a
-        class, divided by all pixels; summed over images. masks: (B, H, W), -1 for no class."""
+        """The cross-entropy of candidate `number`, summed over all pixels with a class, divided by
+        the pixels H W of an image. masks: (B, H, W), -1 for no class."""
         scores = self.scores(number, tokens, masks.shape[1:])
         loss = F.cross_entropy(scores, masks, ignore_index=-1, reduction="sum")
         return loss / masks[0].numel()
@@ -439,29 +476,36 @@ class PatchProbe(nn.Module):
 
 @torch.no_grad()
 def confusion_matrices(probe, numbers, scenes, args, model):
-    """For each of these candidates (classes, classes): how many pixels of a class (the row) were
-    predicted to be of which (the column). Each process takes its share of the scenes."""
-    items = in_batches(range(PROCESS, len(scenes), WORLD), args)
+    """Returns, for each of these candidates, a matrix (classes, classes): in row i and column j, how
+    many pixels of class i were predicted to be j; and how many scenes had a pixel with a class.
+    Each process takes its share of the scenes."""
+    items = in_batches([(0, i) for i in range(PROCESS, len(scenes), WORLD)], args)
     batches = encoded_batches(encode_patches, model, scenes, args, items)
     n = len(scenes.classes)
     device = probe.norm.running_mean.device
     counts = torch.zeros(len(numbers), n, n, dtype=torch.double, device=device)
+    judged = torch.zeros((), dtype=torch.long, device=device)
     for tokens, masks in progress(batches, len(items), f"{scenes.folder}: batch"):
         known = masks >= 0
+        judged += known.flatten(1).any(1).sum()
         for number, count in zip(numbers, counts):
             predicted = probe.scores(number, tokens, masks.shape[1:]).argmax(1)
-            pairs = n * masks[known] + predicted[known]
+            pairs = n * masks[known] + predicted[known]  # a row and a column as one number
             count += pairs.bincount(minlength=n**2).view(n, n)
     if WORLD > 1:
         dist.all_reduce(counts)
-    if not counts.any():
+        dist.all_reduce(judged)
+    if not judged:
         sys.exit(f"no pixel in {scenes.folder} has a class, or no image can be read")
-    return counts
+    if judged < len(scenes):
+        say(f"{len(scenes) - judged} of {len(scenes)} images in {scenes.folder} are left out")
+    return counts, judged.item()
 
 
 def segmentation_scores(counts):
-    """Of a confusion matrix, in %: mIoU over the classes that occur, accuracy of the pixels and its
-    mean over the classes, and the IoU of each class, None if it does not occur."""
+    """Of a confusion matrix, in %: mIoU over the classes that occur in masks or predictions, the
+    accuracy of the pixels and its mean over the classes of the masks, and the IoU of each class,
+    None if it does not occur."""
     hits = counts.diagonal()
     pixels = counts.sum(1)  # of each class
     iou = 100 * hits / (pixels + counts.sum(0) - hits)  # NaN: in no mask, nor predicted
@@ -479,62 +523,83 @@ def segmentation_scores(counts):
 
 
 def parse_args(argv=None):
-    """The options: those of argv (the command line), else their defaults."""
+    """The options on the command line, or in argv."""
     parser = argparse.ArgumentParser(
         usage="python %(prog)s --weights FILE --data_path DIR [options]",
         description="Judge the weights of a vision transformer.\n\n"
-        "    python eval_linear.py --weights FILE --data_path /imagenet   # k-NN and linear probe\n"
-        "    python eval_linear.py --weights FILE --pictures OUT.png PHOTO",
+        "    python %(prog)s --weights FILE --data_path /imagenet   # k-NN and linear probe\n"
+        "    python %(prog)s --weights FILE --pictures OUT.png PHOTO",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
 
-    def option(flag, default, text):  # of the same type as its default
-        add(flag, type=type(default), default=default, help=f"{text} [{default}]")
+    def option(flag, default, text, **settings):
+        if default is not None:
+            settings.setdefault("type", type(default))
+            text = f"{text} [{default}]"
+        parser.add_argument(flag, default=default, help=text, **settings)
 
-    place = {"type": os.path.expanduser}  # a shell leaves the ~ of --weights=~/w.pth as it is
-    add("--weights", "--pretrained_weights", required=True, help="the file to judge", **place)
+    home = os.path.expanduser  # a shell leaves the ~ of --weights=~/w.pth as it is
+    weights = {"type": home, "required": True, "help": "the file to judge"}
+    parser.add_argument("--weights", "--pretrained_weights", **weights)
     option("--checkpoint_key", "teacher", "which weights, if the file has several")
-    add("--num_heads", type=int, help="attention heads [those of a standard ViT of its width]")
-    colour = {"type": float, "nargs": 3}
-    text = "mean of the pixels that the weights expect [ImageNet's]"
-    add("--mean", default=MEAN, help=text, **colour)
-    add("--std", default=STD, help="standard deviation of these pixels [ImageNet's]", **colour)
-    text = "folder of train/ and val/ with class folders; for --embed, any folder of images"
-    add("--data_path", help=text, **place)
-    add("--split", help="folder in --data_path to judge on [val, valid, validation or test]")
-    option("--output_dir", "output_eval_linear", "folder for results and classifiers")
-    text = "side in pixels of the central crop that the model sees [that of training, at most 224]"
-    add("--crop_size", type=int, help=text)
+    option("--num_heads", None, "attention heads [those of a standard ViT of its width]", type=int)
+    option("--mean", MEAN, "mean of the pixels that the weights expect", type=float, nargs=3)
+    option("--std", STD, "standard deviation of these pixels", type=float, nargs=3)
+    option("--data_path", None, "folder of train/ and val/; for --embed, of any images", type=home)
+    option("--split", None, "folder in it to judge on [val, valid, validation or test]")
+    option("--output_dir", "output_eval_linear", "folder for results and classifiers", type=home)
+    option(
+        "--crop_size", None, "side of the central crop [that of training, at most 224]", type=int
+    )
     option("--epochs", 100, "passes of the probe over the training images; 0: k-NN alone")
-    text = "train the probe on the central crop of each image, not on random crops"
-    add("--cached", action="store_true", help=text)
-    text = "images of a step of the probe, on all GPUs [256; with --segment 16]"
-    add("--batch_size", type=int, help=text)
-    text = "values in masks that are no class [255]"
-    add("--ignore_index", type=int, nargs="+", default=[255], help=text)
-    text = "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, as on a CPU [auto]"
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=text)
+    cached = "train the probe on the central crop of each image, not on random crops"
+    parser.add_argument("--cached", action="store_true", help=cached)
+    option("--batch_size", None, "images at a time, on all GPUs [256; to segment 16]", type=int)
+    option("--ignore_index", [255], "values in masks that are no class", type=int, nargs="+")
+    option(
+        "--amp",
+        "auto",
+        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, which is auto on a CPU",
+        choices=("auto", "bf16", "fp16", "off"),
+    )
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     option("--num_workers", min(10, cores), "data-loading workers per GPU")
     option("--seed", 0, "seed of all that is random")
     modes = parser.add_mutually_exclusive_group()
-    text = "segmentation by patch tokens, on images and masks that are resized to H W pixels; the "
-    text += "mask of train/a/1.jpg is train_masks/a/1.png, with the number of a class in each pixel"
-    modes.add_argument("--segment", type=int, nargs=2, metavar=("H", "W"), help=text)
-    text = "write features (CLS token of the last block), names and labels of all images"
-    modes.add_argument("--embed", metavar="OUT.npz", help=text, **place)
-    text = "draw attention and patch features of images [the first 8 in --data_path]"
-    modes.add_argument("--pictures", nargs="+", metavar=("OUT.png", "IMAGE"), help=text, **place)
-    modes.add_argument("--export", metavar="OUT.pth", help="write weights for timm", **place)
+    modes.add_argument(
+        "--segment",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="segmentation by patch tokens, on images and masks resized to H W pixels; the mask of "
+        "train/a/1.jpg is train_masks/a/1.png, with the number of a class in each pixel",
+    )
+    modes.add_argument(
+        "--embed",
+        type=home,
+        metavar="OUT.npz",
+        help="write features (CLS token of the last block), names and labels of all images",
+    )
+    modes.add_argument(
+        "--pictures",
+        type=home,
+        nargs="+",
+        metavar=("OUT.png", "IMAGE"),
+        help="draw attention and patch features of images [the first 8 in --data_path]",
+    )
+    modes.add_argument("--export", type=home, metavar="OUT.pth", help="write weights for timm")
 
     args = parser.parse_args(argv)
     if args.batch_size is None:
         args.batch_size = 16 if args.segment else 256
-    has_images = args.data_path or args.export or len(args.pictures or []) > 1
-    if not has_images:
+    names_images = args.pictures and len(args.pictures) > 1
+    if not (args.data_path or args.export or names_images):
         parser.error("--data_path is needed")
+    if args.batch_size < WORLD:
+        parser.error(f"--batch_size must be at least {WORLD}, the number of processes")
+    if args.epochs < 0 or (args.segment and args.epochs == 0):
+        parser.error("--epochs must be at least 1; 0, k-NN alone, is not for --segment")
     return args
 
 
@@ -542,26 +607,23 @@ def main():
     """Read the weights, then do what the options ask for."""
     args = parse_args()
     device = start_process()
-    if args.batch_size < WORLD:
-        sys.exit(f"--batch_size must be at least {WORLD}, the number of processes")
-    fewest_epochs = 1 if args.segment else 0
-    if args.epochs < fewest_epochs:
-        sys.exit(f"--epochs must be at least {fewest_epochs}")
     model, left_out = load_backbone(args.weights, args.checkpoint_key, args.num_heads)
     model.to(device)
     model.mean = args.mean
     model.std = args.std
     patch = model.patch_size
+    args.num_heads = model.blocks[0].attn.num_heads  # for the results, where it was a guess
+    say(f"{args.weights}: {model.prefix}*, left out of these: {', '.join(left_out) or 'nothing'}")
     say(
-        f"{args.weights}: {model.prefix}*, {model.width} wide, {len(model.blocks)} blocks, "
-        f"{model.blocks[0].attn.num_heads} heads (by the width, or --num_heads), {model.side} x "
-        f"{model.side} patches of {patch} pixels, {model.first_patch - 1} registers; left out: "
-        f"{', '.join(left_out) or 'nothing'}"
+        f"{model.width} wide, {len(model.blocks)} blocks, {args.num_heads} heads, {model.side} x "
+        f"{model.side} patches of {patch} pixels, {model.first_patch - 1} registers; pixels of mean "
+        f"{args.mean} and std {args.std}"
     )
+    if len(model.blocks) < 4:
+        sys.exit("a model of fewer than 4 blocks cannot be judged")
     if args.crop_size is None:
         args.crop_size = min(224 // patch, model.side) * patch
-    if args.crop_size < patch or args.crop_size % patch:
-        sys.exit(f"--crop_size {args.crop_size} is not a multiple of the patch, {patch}")
+    check_sides(args, patch)
     if args.amp == "auto":
         args.amp = "off"
         if device.type == "cuda":
@@ -584,38 +646,50 @@ def main():
     end_process()
 
 
+def check_sides(args, patch):
+    """SystemExit if the images that the model is to see do not fit it."""
+    name = "--crop_size"
+    sides = [args.crop_size]
+    if args.segment:
+        name = "--segment"
+        sides = args.segment
+    if min(sides) < patch or any(side % patch for side in sides):
+        sys.exit(f"{name}: {sides} are not multiples of the patch, {patch}")
+    if min(sides) > 1024:  # of the smaller side: see load_image
+        sys.exit(f"{name}: at most 1024, as larger JPEG files are read at that size")
+
+
 # ------------------------------------------------------------------------ k-NN and the linear probe
 
 
 def classify(args, model):
     """k-NN and the linear probe, on images in class folders."""
     train_images, val_images, classes = open_splits(args)
-    files = paths_of(train_images.root, train_images.names)
-    files += paths_of(val_images.root, val_images.names)
-    run = identify_run(args, model, files)
+    folders = [(images.root, images.names) for images in (train_images, val_images)]
+    run = identify_run(args, model, folders)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     train = extract(train_images, model, args)
     val = extract(val_images, model, args)
-    knn_labels, nearest = knn(train.features[:, CLS], train.labels, val.features[:, CLS])
+    knn_labels, nearest = knn(train.features[:, 0], train.labels, val.features[:, 0])
     results = {
         "judged": val.root,
         "classes": len(classes),
         "images": {"train": len(train.names), "val": len(val.names)},
-        "copies": int((nearest > 1 - 1e-5).sum()),
+        "features_of_train": int((nearest > 1 - 1e-5).sum()),
         "knn": {k: accuracies(predicted, val.labels) for k, predicted in knn_labels.items()},
     }
     for k, figures in results["knn"].items():
         say(f"k-NN with k = {k} on {val.root}: {in_words(figures)}")
-    if results["copies"]:
+    if results["features_of_train"]:
         say(
-            f"{results['copies']} of {len(val.names)} images to judge on have the features of a "
-            "training image: if they are copies of it, all accuracies are too high"
+            f"{results['features_of_train']} of {len(val.names)} images to judge on have the features "
+            "of a training image: if they are copies of it, all accuracies are too high"
         )
     k = min(20, max(knn_labels))  # DINO's k; all, if there are fewer
     predictions = {"knn": knn_labels[k]}
     if args.epochs:
         results["probe"], predictions["probe"] = linear_probe(train, val, classes, args, model, run)
-    write_predictions(val, classes, predictions, args)
+    write_predictions(args, run, val, classes, predictions)
     write_results(args, run, results)
 
 
@@ -637,24 +711,24 @@ def linear_probe(train, val, classes, args, model, run):
     say(f"the best of {len(held_out)} classifiers on {len(held)} held-out images: {name}")
     if CANDIDATES[best][1] in (RATES[0], RATES[-1]):
         say("its learning rate is at an end of the range: other --epochs may give a better one")
-    if n < 1000:  # more than a tenth was held out: train once more, on all
+    if n < 1000:  # more than a tenth was held out: train once more, also on these
         probe = train_probe(train, np.arange(n), classes, args, model, run)
 
     scores = probe.scores(best, val.features).detach()
     predicted = scores.argmax(1)
-    top5 = scores.topk(min(5, len(classes))).indices == val.labels[:, None]
     figures = accuracies(predicted, val.labels)
-    figures["top5"] = 100 * top5.any(1).double().mean().item()
+    if len(classes) > 5:
+        is_label = scores.topk(5).indices == val.labels[:, None]
+        figures["top5"] = 100 * is_label.any(1).double().mean().item()
     say(f"linear probe on {val.root}: {in_words(figures)}")
-    rows = KINDS[CANDIDATES[best][0]]
     head = probe.heads[best]
-    features = f"encode(model, images)[:, {rows.start}:{rows.stop}].flatten(1)"
-    write_classifier(args, head.weight, head.bias, classes, features)
+    features = f"encode(model, images)[:, {KINDS[CANDIDATES[best][0]]}].flatten(1)"
+    write_classifier(args, run, head.weight, head.bias, classes, features)
     return figures | {"best": name, "held_out": held_out}, predicted
 
 
 def train_probe(train, chosen, classes, args, model, run):
-    """A Probe, trained on these images: chosen are their numbers."""
+    """A Probe, trained on the images whose numbers are chosen."""
     probe = Probe(model, len(classes)).to(model.cls_token.device)
     if args.cached:
         make_batches = partial(cached_batches, train, chosen)
@@ -668,20 +742,23 @@ def train_probe(train, chosen, classes, args, model, run):
     return probe
 
 
-def write_predictions(val, classes, predictions, args):
-    """predictions.csv: of each image its name, its class, and what k-NN and the probe gave."""
+def write_predictions(args, run, val, classes, predictions):
+    """The file of predictions: for each image its name, its class, and what k-NN and probe gave."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["name", "class", *predictions])
+    labels = torch.stack([val.labels, *predictions.values()], dim=1).tolist()
+    for name, numbers in zip(val.names, labels):
+        writer.writerow([name, *(classes[number] for number in numbers)])
     if PROCESS == 0:
-        path = Path(args.output_dir, "predictions.csv")
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(["name", "class", *predictions])
-            labels = torch.stack([val.labels, *predictions.values()], dim=1).tolist()
-            for name, numbers in zip(val.names, labels):
-                writer.writerow([name, *(classes[number] for number in numbers)])
+        content = text.getvalue().encode(errors="surrogateescape")
+        write(
+            Path(args.output_dir, f"predictions-{run['id']}.csv"), lambda file: file.write(content)
+        )
 
 
 def in_words(figures):
-    """Of a dictionary of accuracies, the text for the terminal."""
+    """The text for the terminal of a dictionary of figures in %."""
     return ", ".join(f"{name} {value:.2f} %" for name, value in figures.items())
 
 
@@ -690,13 +767,14 @@ def in_words(figures):
 
 def segment(args, model):
     """--segment: the linear probe of patch tokens, on images with masks."""
-    train, choosing, val = open_scenes(args, model.patch_size)
-    run = identify_run(args, model, [*train.files(), *choosing.files(), *val.files()])
+    train, choosing, val = open_scenes(args)
+    run = identify_run(args, model, train.folders() + choosing.folders() + val.folders())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    # Sixteen images from all over the folder, as neighbours may be alike
-    some = range(0, len(train), len(train) // 16 + 1)
-    sample, _ = next(encoded_batches(encode_patches, model, train, args, [some]))
-    if not sample.isfinite().all():
+    # Up to sixteen images from all over the folder, as neighbours may be alike
+    some = [(0, i) for i in np.linspace(0, len(train) - 1, min(16, len(train)), dtype=int)]
+    sample, masks = next(encoded_batches(encode_patches, model, train, args, [some]))
+    sample = sample[(masks >= 0).flatten(1).any(1)]  # without those that cannot be read
+    if not len(sample) or not sample.isfinite().all():
         sys.exit("the features are not finite: see --amp, --std, --weights")
     probe = PatchProbe(sample, len(train.classes))
     make_batches = partial(encoded_batches, encode_patches, model, train, args)
@@ -704,23 +782,26 @@ def segment(args, model):
 
     numbers = range(len(PATCH_RATES))
     held_out = {}
-    for rate, counts in zip(PATCH_RATES, confusion_matrices(probe, numbers, choosing, args, model)):
+    matrices, _ = confusion_matrices(probe, numbers, choosing, args, model)
+    for rate, counts in zip(PATCH_RATES, matrices):
         held_out[f"lr {rate:g}"] = segmentation_scores(counts)["miou"]
     say(f"mIoU on {len(choosing)} held-out images: {in_words(held_out)}")
-    name = max(held_out, key=held_out.get)
-    best = list(held_out).index(name)
-    figures = segmentation_scores(confusion_matrices(probe, [best], val, args, model)[0])
+    best = int(np.argmax(list(held_out.values())))
+    name = list(held_out)[best]
+    matrices, judged = confusion_matrices(probe, [best], val, args, model)
+    figures = segmentation_scores(matrices[0])
     iou = dict(zip(val.classes.tolist(), figures.pop("iou")))
     say(f"{name} on {val.folder}: {in_words(figures)}")
+    # The classifier of normalised tokens, W (x - mean) / std + b, as one of the tokens x
     norm = probe.norm
     weight = probe.heads[best].weight / (norm.running_var + norm.eps).sqrt().view(1, -1, 1, 1)
     bias = probe.heads[best].bias - weight.flatten(1) @ norm.running_mean
     features = "encode_patches(model, images); weight and bias are those of F.conv2d"
-    write_classifier(args, weight, bias, list(iou), features)
+    write_classifier(args, run, weight, bias, list(iou), features)
     results = {
         "judged": str(val.folder),
         "classes": len(iou),
-        "images": {"train": len(train) + len(choosing), "val": len(val)},
+        "images": {"train": len(train) + len(choosing), "val": judged},
         "segmentation": figures | {"iou": iou, "best": name, "held_out_miou": held_out},
     }
     write_results(args, run, results)
@@ -736,17 +817,14 @@ def write_features(args, model):
     names, _ = find_images(root)
     if not names:
         sys.exit(f"no images in {root}")
-    labels = [0] * len(names)  # extract leaves out images without a label
+    identify_run(args, model, [(root, names)])  # an error here if the processes find different ones
+    labels = [0] * len(names)  # not used, but extract leaves out images without a label
     images = Images(root, names, labels, partial(center_crop, size=args.crop_size))
-    identify_run(
-        args, model, paths_of(root, names)
-    )  # ends here if the processes find different ones
     found = extract(images, model, args)
-    features = found.features[:, CLS].float().cpu().numpy()
+    features = found.features[:, 0].float().cpu().numpy()
     if PROCESS == 0:
         columns = {"names": found.names, "labels": labels_of(found.names)}
-        save = partial(np.savez, features=features, **columns)
-        write(args.embed, save)
+        write(args.embed, partial(np.savez, features=features, **columns))
     say(f"{args.embed}: features {features.shape}, CLS tokens of the last block; names; labels")
 
 
@@ -760,7 +838,7 @@ def labels_of(names):
 
 
 @torch.no_grad()
-def draw(args, model, tile=168):
+def draw(args, model):
     """--pictures: a row for each image: the image; the attention of CLS to the patches in the last
     block, head by head; and, as red, green and blue, the first three principal components of the
     patch features of all images."""
@@ -771,36 +849,45 @@ def draw(args, model, tile=168):
         paths = [root / name for name in find_images(root)[0][:8]]
         if not paths:
             sys.exit(f"no images in {root}")
-    side = args.crop_size // model.patch_size
     images = []
     attention = []
     patches = []
     for path in paths:
-        images.append(center_crop(load_image(path), args.crop_size))
-        x = images[-1][None]
-        patches.append(encode_patches(model, x)[0].flatten(1).T.cpu())  # (N, D)
-        attn = model.get_last_selfattention(model.normalize(x))[0, :, 0, model.first_patch :]
-        attention.append(attn.cpu())  # (heads, N)
-    patches = torch.cat(patches).double()
-    if not patches.isfinite().all():
-        sys.exit("the features are not finite: see --std, --weights")
-    centred = patches - patches.mean(0)
-    _, directions = torch.linalg.eigh(centred.T @ centred)  # the main ones are last
-    components = centred @ directions[:, -3:].flip(1)  # (n N, 3)
-    colours = (components / components.std(0, correction=0)).nan_to_num().sigmoid().float()
+        image = center_crop(load_image(path), args.crop_size)[None]
+        weights = model.get_last_selfattention(model.normalize(image))  # (1, heads, T, T)
+        images.append(image[0])
+        attention.append(weights[0, :, 0, model.first_patch :].cpu())  # (heads, N), from CLS
+        patches.append(encode_patches(model, image)[0].flatten(1).mT.cpu())  # (N, D)
+    if not torch.cat(patches).isfinite().all():
+        sys.exit("the features are not finite: see --amp, --std, --weights")
+    colors = principal_components(torch.cat(patches)).split(len(patches[0]))
     tiles = []
-    for image, heads, colour in zip(images, attention, colours.split(side**2)):
-        tiles.append(
-            TF.resize(image, [tile, tile], InterpolationMode.BICUBIC, antialias=True) / 255
-        )
+    for image, heads, color in zip(images, attention, colors):
         light = (heads / heads.quantile(0.98, dim=1, keepdim=True)).clamp(0, 1)
-        for values in [*light[:, None].expand(-1, 3, -1), colour.T]:  # each (3, N)
-            values = values.unflatten(1, (side, side))
-            tiles.append(TF.resize(values, [tile, tile], InterpolationMode.NEAREST))
+        tiles.append(as_tile(image / 255, InterpolationMode.BICUBIC))
+        for values in light:  # (N,), as gray
+            tiles.append(as_tile(values.expand(3, -1)))
+        tiles.append(as_tile(color.mT))
     grid = make_grid(tiles, nrow=len(tiles) // len(images), padding=4, pad_value=1)
     if PROCESS == 0:
         write(out, partial(save_image, grid, format="png"))
     say(f"{out}: image, attention of {len(attention[0])} heads, patch features as colours")
+
+
+def principal_components(patches):
+    """(N, D) -> (N, 3): the first three principal components, each squeezed into 0 to 1."""
+    centered = patches.double() - patches.double().mean(0)
+    _, directions = torch.linalg.eigh(centered.mT @ centered)  # in ascending order
+    components = centered @ directions[:, -3:].flip(1)
+    return (components / components.std(0, correction=0)).nan_to_num().sigmoid().float()
+
+
+def as_tile(image, interpolation=InterpolationMode.NEAREST):
+    """(3, H, W), or the (3, N) of a square of N patches -> (3, 168, 168)."""
+    if image.ndim == 2:
+        side = math.isqrt(image.shape[1])
+        image = image.unflatten(1, (side, side))
+    return TF.resize(image, [168, 168], interpolation, antialias=True)
 
 
 def export(args, model):
@@ -830,10 +917,11 @@ def export(args, model):
         write(args.export, partial(torch.save, state))
     arguments = ", ".join(f"{name}={value}" for name, value in options.items())
     load = f'model.load_state_dict(torch.load("{args.export}", weights_only=True), strict=True)'
-    say(f"model = timm.models.VisionTransformer({arguments}); {load}")
+    say(f"{args.export}: weights for timm, which loads them by")
+    say(f"import timm, torch; model = timm.models.VisionTransformer({arguments}); {load}")
 
 
-# ================================================================== 3. What the program stands on
+# ========================================================================== 3. The helpers of both
 
 # ------------------------------------------------------------------------------------ the processes
 
@@ -841,9 +929,7 @@ def export(args, model):
 def start_process():
     """Connect this process with the others. Returns its device."""
     if __name__ == "__main__":
-        # After an error, Python would end the workers by SIGTERM, which they ignore, and wait for
-        # them for ever.
-        atexit.register(os._exit, 1)
+        atexit.register(os._exit, 1)  # an exit before end_process is an error
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
     name = "the CPU"
@@ -851,14 +937,14 @@ def start_process():
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
     elif torch.version.cuda:
-        name = f"the CPU; a GPU would need a driver for CUDA {torch.version.cuda}"
-    if WORLD > 1:
+        name = f"the CPU (PyTorch finds no GPU with a driver for CUDA {torch.version.cuda})"
+    say(f"processes: {WORLD}, on {name}")
+    if WORLD > 1:  # waits for the others
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             timeout=timedelta(hours=1),  # the wait for the slowest process, as disks differ
             device_id=device if cuda else None,
         )
-    say(f"{WORLD} processes on {name}")
     return device
 
 
@@ -867,11 +953,13 @@ def end_process():
     if WORLD > 1:
         time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
-    atexit.unregister(os._exit)
+    if __name__ == "__main__":
+        atexit.unregister(os._exit)
+        atexit.register(os._exit, 0)
 
 
-def all_gather(value):
-    """The values of all processes, in their order."""
+def gather_values(value):
+    """The values of all processes, in their order: any Python objects."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -879,40 +967,28 @@ def all_gather(value):
 
 
 def say(text, passing=False):
-    """Print on the first process. On a terminal, the next line takes the place of a passing one."""
+    """Print on the first process. passing: on a terminal, the next text takes the place of this."""
     end = "\n"
     if os.isatty(1):
-        if passing:  # cut it: a line that wraps could not be replaced
-            text = text[: shutil.get_terminal_size().columns - 1]
+        if passing:
+            text = text[: shutil.get_terminal_size().columns - 1]  # one line
             end = ""
         text = "\r\033[K" + text  # to the line's start, and clear it
     try:
         if PROCESS == 0:
             print(text, end=end, flush=True)
-    except OSError:  # a closed terminal or pipe costs the lines, not the run
+    except OSError:  # the terminal or the pipe is closed: the run goes on without printing
         sys.stdout = None
-
-
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGUSR1"):  # not on Windows
-    SIGNALS.append(signal.SIGUSR1)
-
-
-def ignore_signals(worker):
-    """Workers ignore signals, as the main process may still have to read from them."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def choose_loader_options(args, device):
     """Arguments of DataLoader: how many workers load images, and how they are started."""
     options = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
     if args.num_workers:
-        options["worker_init_fn"] = ignore_signals
         options["timeout"] = 900  # seconds: a worker that hangs ends the run
         if sys.platform == "linux":
-            # Python 3.14 would start the workers from another process, a server. torchrun's SIGTERM
-            # ends the server while its workers are still needed; after an error it stays for ever.
+            # Python 3.14 would let another process, a server, start the workers. torchrun's SIGTERM
+            # ends this server while its workers are still needed; after an error, it never ends.
             options["multiprocessing_context"] = "fork"
     return options
 
@@ -932,21 +1008,27 @@ def progress(items, total, text):
 
 # ---------------------------------------------------------------------- the images and their labels
 
-SPLITS = ("val", "valid", "validation", "test")
+SPLITS = ("val", "valid", "validation", "test")  # names of a folder to judge on
 
 
 def load_image(path):
     """An image file -> uint8 (3, H, W), RGB, upright by its EXIF data; the first of several frames.
-    OSError, which names the file, for all that cannot be read."""
+    OSError, which names the file, if it cannot be decoded. RuntimeError if the machine is at fault:
+    it ends the run, which can go on later."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("a pipe, which might never end")
         # Pillow would scramble an uncompressed TIFF file with an orientation, opened by its name.
         with open(path, "rb") as file, Image.open(file) as image:
-            # A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes less time.
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least 1024 pixels.
             image.draft("RGB", (1024, 1024))
             if image.mode.startswith(("I", "F")):  # convert() would clip their values at 255
                 raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
             return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # there is no end to what a decoder may raise
+        faults = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in faults:
+            raise RuntimeError(f"cannot read {path}") from error
         raise OSError(f"cannot read {path}: {error}") from error
 
 
@@ -956,10 +1038,10 @@ def seed_from(*numbers):
 
 
 class Images(Dataset):
-    """Item epoch * n + i is image i of n, transformed for this epoch, and its label, -1 for none.
+    """Item (epoch, i) is image i, transformed for this epoch, and its label, -1 for none.
 
     All that is random in an item is drawn from (seed, epoch, i) alone, whichever worker does it. If
-    the image cannot be read, another one takes its place, which is drawn too; its label is -1.
+    the image cannot be read, a random other one takes its place, with label -1.
     """
 
     def __init__(self, root, names, labels, transform, seed=0):
@@ -973,7 +1055,7 @@ class Images(Dataset):
         return len(self.names)
 
     def __getitem__(self, item):
-        epoch, index = divmod(item, len(self))
+        epoch, index = item
         label = self.labels[index]
         # torch.manual_seed would also seed the GPU, which workers must not touch.
         torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))
@@ -985,12 +1067,12 @@ class Images(Dataset):
                 warnings.warn(f"another image takes its place: {error}", stacklevel=1)
                 index = torch.randint(len(self), ()).item()
                 label = -1
-        raise OSError(f"none of 1000 images in {self.root} can be read")
+        raise OSError(f"1000 times, a random image in {self.root} could not be read")
 
 
 def find_images(root):
     """The names of all images below root, relative to root, and their classes: the first folder of
-    a name, or "" if the name has no folder. Names that begin with "." are skipped."""
+    a name, "" if it has none. Files and folders whose names begin with "." are skipped."""
 
     def raise_error(error):  # otherwise os.walk would skip a folder that cannot be read
         raise error
@@ -999,6 +1081,9 @@ def find_images(root):
     classes = []
     others = 0
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=raise_error):
+        parent = Path(folder).parent
+        if os.path.islink(folder) and parent.resolve().is_relative_to(Path(folder).resolve()):
+            raise OSError(f"{folder} is a link to a folder that it is in: it has no end")
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         below = Path(folder).relative_to(root)
         for file in sorted(name for name in files if not name.startswith(".")):
@@ -1008,12 +1093,18 @@ def find_images(root):
             else:
                 others += 1
     count = len(set(classes) - {""})
-    say(f"{root}: {len(names)} images, {count} class folders, {others} other files")
+    say(f"{root}: {len(names)} images in {count} folders, {others} other files")
     return names, classes
 
 
-def paths_of(folder, names):
-    return [os.path.join(folder, name) for name in names]
+def hash_files(root, names):
+    """A hash of the names, and of the bytes of up to eight of the files: others may have the same
+    names."""
+    digest = hashlib.sha256(os.fsencode("\n".join(names)))
+    for name in names[:: len(names) // 8 + 1]:
+        with suppress(OSError):  # a file that cannot be read
+            digest.update(Path(root, name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def find_splits(args):
@@ -1049,63 +1140,50 @@ def open_splits(args):
     return Images(train, names, labels, crop), Images(val, val_names, val_labels, crop), classes
 
 
-def center_crop(image, size):
-    """uint8 (3, H, W) -> (3, size, size), the centre of the image.
-
-    If the short side is larger than size * 8 / 7, it is resized to that: the usual 256 for a size
-    of 224. If it is smaller than size, it is resized to size.
-    """
-    height, width = image.shape[1:]
-    short = min(height, width)
-    # Of a long strip only the middle is resized, as the whole strip could need much memory.
-    middle = TF.center_crop(image, [min(height, 2 * short), min(width, 2 * short)])
-    new_short = max(size, min(short, size * 8 // 7))
-    resized = TF.resize(middle, new_short, InterpolationMode.BICUBIC, antialias=True)
-    return TF.center_crop(resized, [size, size])
-
-
 def in_batches(items, args):
-    """A process's items, a list or a range, cut into those that it takes at a time."""
+    """The items of this process, a list, cut into batches."""
     size = math.ceil(args.batch_size / WORLD)
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def encoded_batches(encode, model, images, args, item_lists):
-    """Yields features and labels of each of these lists of items of images."""
+def encoded_batches(encoder, model, images, args, item_lists):
+    """Yields features and labels of each of these lists of items of images. encoder: encode, or
+    encode_patches, which gives labels of pixels."""
     options = choose_loader_options(args, model.cls_token.device)
     for x, y in DataLoader(images, batch_sampler=item_lists, **options):
-        features = encode(model, x)
+        features = encoder(model, x)
         yield features, y.to(features.device, non_blocking=True)
 
 
 def cached_batches(train, chosen, item_lists):
-    """The same from features that are there. An item counts in the chosen numbers of images."""
+    """The same, but from train.features. The image of an item is a place in chosen, an array of
+    numbers of images of train."""
     for items in item_lists:
-        rows = torch.from_numpy(chosen[np.array(items) % len(chosen)]).to(train.features.device)
+        places = [place for _, place in items]
+        rows = torch.from_numpy(chosen[places]).to(train.features.device)
         yield train.features[rows], train.labels[rows]
 
 
 @torch.no_grad()
 def extract(images, model, args):
     """Of the images that can be read and have a label, on all processes: names, labels (n,), and
-    features (n, 5, D), or (n, 2, D) if there is no probe."""
+    features of encode (n, 5, D), or (n, 1, D) if there is no probe."""
     n = len(images)
     # The processes take equally many images: some are taken twice, and cut off at the end.
-    per_process = math.ceil(n / WORLD)
-    row = PROCESS * per_process  # the first of its rows
-    items = in_batches([i % n for i in range(row, row + per_process)], args)
+    share = math.ceil(n / WORLD)
+    row = PROCESS * share  # the first of its rows
+    items = in_batches([(0, i % n) for i in range(row, row + share)], args)
     batches = encoded_batches(encode, model, images, args, items)
-    features = None
+    kept_rows = 5 if args.epochs and not args.embed else 1
+    dtype = torch.float32 if args.amp == "off" else torch.float16
+    device = model.cls_token.device
+    # Room for all from the start, as they may not fit in memory twice
+    features = torch.zeros(WORLD * share, kept_rows, model.width, dtype=dtype, device=device)
+    labels = torch.zeros(WORLD * share, dtype=torch.long, device=device)
     for z, y in progress(batches, len(items), f"{images.root}: batch"):
-        if args.embed or not args.epochs:
-            z = z[:, CLS:]  # where row CLS still is the CLS token
-        if args.amp != "off":
-            z = z.half()
+        z = z[:, :kept_rows].to(dtype)
         if not z.isfinite().all():
             sys.exit("the features are not finite: see --amp, --std, --weights")
-        if features is None:  # room for all from the start, as they may not fit in memory twice
-            features = z.new_zeros(WORLD * per_process, *z.shape[1:])
-            labels = y.new_zeros(WORLD * per_process)
         features[row : row + len(z)] = z
         labels[row : row + len(z)] = y
         row += len(z)
@@ -1118,8 +1196,8 @@ def extract(images, model, args):
     kept = labels >= 0
     if not kept.all():
         left_out = n - int(kept.sum())
-        text = f"{left_out} of {n} images in {images.root} are left out"
-        say(f"{text}: they cannot be read, or have no class of train/")
+        reason = "cannot be read" if args.embed else "cannot be read, or have no class of train/"
+        say(f"{left_out} of {n} images in {images.root} are left out, as they {reason}")
         features = features[kept]
         labels = labels[kept]
         names = names[kept.cpu().numpy()]
@@ -1138,7 +1216,10 @@ def mask_path(folder, name):
 
 def load_mask(path):
     """A grayscale or palette image, whose pixels are numbers of classes -> array (H, W)."""
-    mask = np.array(Image.open(path)).astype(int)
+    with Image.open(path) as image:
+        if image.mode == "L" and ";" in str(image.tile):  # as "L;4" for 4 bits
+            raise ValueError(f"{path} has not 8 bits, and Pillow would scale its numbers")
+        mask = np.array(image).astype(int)
     if mask.ndim != 2:
         raise ValueError(f"{path} has colours, not the number of a class in each pixel")
     return mask
@@ -1153,17 +1234,17 @@ def find_classes(folder, names, ignored):
         for value in np.unique(load_mask(path)).tolist():
             found.setdefault(value, str(path))
     merged = {}
-    for part in all_gather(found):
+    for part in gather_values(found):
         merged |= part
     return {value: path for value, path in merged.items() if value not in ignored}
 
 
 class Scenes(Dataset):
-    """Item epoch * n + i is scene i of n: image (3, H, W), and mask (H, W) of indices in classes.
+    """Item (epoch, i) is scene i: image (3, H, W), and mask (H, W) of indices in classes.
 
     classes: sorted values of masks. The index is -1 where the mask has another value, and
-    everywhere if the image cannot be read, or has another aspect ratio than its mask. flip: mirror
-    half of the scenes, drawn from (seed, epoch, i).
+    everywhere if the image cannot be read, or may not show what its mask does. flip: mirror half of
+    the scenes, drawn from (seed, epoch, i).
     """
 
     def __init__(self, folder, names, size, classes, seed=0, flip=False):
@@ -1177,25 +1258,30 @@ class Scenes(Dataset):
     def __len__(self):
         return len(self.names)
 
-    def files(self):
-        """Paths of all images and masks."""
-        masks = [str(mask_path(self.folder, name)) for name in self.names]
-        return paths_of(self.folder, self.names) + masks
+    def folders(self):
+        """Of images and of masks: the folder, and the names of all files in it."""
+        masks = [str(Path(name).with_suffix(".png")) for name in self.names]
+        return [(self.folder, self.names), (f"{self.folder}_masks", masks)]
 
     def __getitem__(self, item):
-        epoch, index = divmod(item, len(self))
+        epoch, index = item
         name = self.names[index]
         mask = load_mask(mask_path(self.folder, name))
         try:
-            image = load_image(os.path.join(self.folder, name))
+            path = os.path.join(self.folder, name)
+            image = load_image(path)
+            with Image.open(path) as file:
+                if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    raise OSError(f"{path} is turned by its EXIF data, and its mask may not be")
             height, width = image.shape[1:]
             aspect_ratio = (height / width) / (mask.shape[0] / mask.shape[1])
-            if not 0.95 < aspect_ratio < 1.05:  # load_image may have turned the image
+            if not 0.95 < aspect_ratio < 1.05:
                 text = f"{height} x {width} pixels, its mask {mask.shape[0]} x {mask.shape[1]}"
                 raise OSError(f"{name} in {self.folder} has {text}")
         except OSError as error:
             warnings.warn(f"left out: {error}", stacklevel=1)
             return torch.zeros(3, *self.size, dtype=torch.uint8), torch.full(self.size, -1)
+        # The place of each value in classes, or -1
         indices = np.searchsorted(self.classes, mask).clip(max=len(self.classes) - 1)
         indices[self.classes[indices] != mask] = -1
         mask = torch.from_numpy(indices)[None]
@@ -1208,7 +1294,7 @@ class Scenes(Dataset):
         return image, mask
 
 
-def open_scenes(args, patch_size):
+def open_scenes(args):
     """The Scenes to train on, those to choose the best candidate by, and those to judge on."""
     train, val = find_splits(args)
     names = np.array(find_images(train)[0])
@@ -1221,12 +1307,11 @@ def open_scenes(args, patch_size):
     if len(classes) < 2 or not masks_with:
         sys.exit(f"classes in train: {classes}, in {val.name}: {list(masks_with)}: too few")
     size = args.segment
-    if min(size) < patch_size or any(side % patch_size for side in size):
-        sys.exit(f"--segment: give multiples of the patch, {patch_size}")
-    held, rest = hold_out(np.zeros(len(names)), 10, args.seed)  # each has many pixels
+    held, rest = hold_out(np.zeros(len(names)), 10, args.seed)  # 10 are enough, of many pixels each
     say(
         f"{len(rest)} images to train on, {len(held)} to choose by, {len(val_names)} to judge on; "
-        f"{len(classes)} classes; images and masks are resized to {size[0]} x {size[1]}"
+        f"{len(classes)} classes, and no class in pixels of value {args.ignore_index}; images and "
+        f"masks are resized to {size[0]} x {size[1]}"
     )
     return (
         Scenes(train, names[rest], size, classes, args.seed, flip=True),
@@ -1237,10 +1322,12 @@ def open_scenes(args, patch_size):
 
 # ------------------------------------------------------------------------------ weights from a file
 
-# Beside tensors, official checkpoints hold their arguments and NumPy's learning rates.
+# Beside tensors, official checkpoints hold their arguments and NumPy's learning rates. These are
+# the classes and functions of them that torch.load may call.
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds it; NumPy 1 and 2 pickle it by different names
 SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-SAFE += [argparse.Namespace, np.dtype, type(np.dtype("float64"))]
+SAFE += [argparse.Namespace, np.dtype]
+SAFE += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
 HEADS_OF = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16}  # width: heads, of the standard ViTs
 PATCHES = "patch_embed.proj.weight"  # the name by which a vision transformer is found
 
@@ -1260,6 +1347,9 @@ def read_tensors(path):
         from safetensors.torch import load_file
 
         return load_file(path)
+    # torch.load does not compare the checksums.
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        sys.exit(f"{path} is damaged")
     try:
         with torch.serialization.safe_globals(SAFE):
             return dict(tensors_in(torch.load(path, map_location="cpu", weights_only=True)))
@@ -1268,9 +1358,24 @@ def read_tensors(path):
         if not code:
             sys.exit(f"{path} is damaged, or no file of weights")
         sys.exit(
-            f"{path} needs code, {code[1]}, which is not run. If you trust it, save its tensors: "
-            f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'new.pth')"
+            f"{path} needs code, {code[1]}, which is not run. If you trust it, save its tensors alone: "
+            f"open it by torch.load('{path}', weights_only=False)"
         )
+
+
+def find_prefix(path, names, key):
+    """What the names of the chosen model begin with: for the key teacher, for example, "teacher.",
+    "teacher.backbone." or "teacher_backbone."; "" if the file has nothing but one model."""
+    prefixes = [name.removesuffix(PATCHES) for name in names if f".{name}".endswith(f".{PATCHES}")]
+    chosen = [prefix for prefix in prefixes if key in prefix.split(".")]
+    if not chosen:
+        chosen = [prefix for prefix in prefixes if key in prefix]
+    if not chosen and key == "teacher":  # the default
+        chosen = prefixes
+    if len(chosen) != 1:
+        has = f"{PATCHES} under {prefixes}" if prefixes else f"no {PATCHES}, but {[*names][:5]}"
+        sys.exit(f"{path}: --checkpoint_key {key} finds {len(chosen)} models; it has {has}")
+    return chosen[0]
 
 
 def load_backbone(path, key="teacher", num_heads=None):
@@ -1282,16 +1387,7 @@ def load_backbone(path, key="teacher", num_heads=None):
     if there is not one such ViT, RuntimeError with the names of tensors for another architecture.
     """
     found = read_tensors(path)
-    prefixes = [name.removesuffix(PATCHES) for name in found if f".{name}".endswith(f".{PATCHES}")]
-    chosen = [prefix for prefix in prefixes if f".{key}." in f".{prefix}"]  # a whole name
-    if not chosen:  # a part of a name, as in teacher_backbone
-        chosen = [prefix for prefix in prefixes if key in prefix]
-    if not chosen and key == "teacher":  # the default: there may be no names
-        chosen = prefixes
-    if len(chosen) != 1:
-        has = f"{PATCHES} under {prefixes}" if prefixes else f"no {PATCHES}, but {[*found][:5]}"
-        sys.exit(f"{path}: --checkpoint_key {key} finds {len(chosen)} models; it has {has}")
-    prefix = chosen[0]
+    prefix = find_prefix(path, found, key)
     tensors = {}
     left_out = []
     for name, tensor in found.items():
@@ -1307,21 +1403,24 @@ def load_backbone(path, key="teacher", num_heads=None):
             tensors[name] = tensor
 
     layerscale = "blocks.0.ls1.gamma" in tensors
-    positions = 0
+    side = 0
     if "pos_embed" in tensors:
         positions = tensors["pos_embed"].shape[1]
-        if layerscale and math.isqrt(positions) ** 2 == positions:  # timm's: none is for CLS
+        side = math.isqrt(positions)
+        if positions == side**2:  # in timm's models with registers, CLS has no position
             tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))
     registers = None
     if "register_tokens" in tensors:
         registers = tensors["register_tokens"].shape[1]
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            sys.exit(f"{path}: {name} is of {tensor.dtype}: quantised weights cannot be read")
     width, _, _, patch_size = tensors[PATCHES].shape
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     if num_heads is None:
         num_heads = HEADS_OF.get(width, 0)
     if num_heads < 1 or width % num_heads:
         sys.exit(f"{path}: give --num_heads, a divisor of the width, {width}")
-    side = math.isqrt(positions)
     model = VisionTransformer(side, patch_size, width, depth, num_heads, registers, layerscale)
     model.load_state_dict(tensors)
     model.prefix = prefix
@@ -1331,51 +1430,52 @@ def load_backbone(path, key="teacher", num_heads=None):
 # --------------------------------------------------------------------------- files that are written
 
 
-def identify_run(args, model, files):
-    """What the figures depend on: the options, and hashes of the weights, of the names of all files
-    of the data, and of the bytes of about eight of them. The id is a hash of all this."""
+def identify_run(args, model, folders):
+    """What the figures depend on: the options, and hashes of the weights and of the files. The id
+    is a hash of all this. folders: pairs of a folder and the names of files in it."""
     weights = hashlib.sha256()
     for tensor in model.state_dict().values():
         weights.update(tensor.cpu().numpy().tobytes())
-    data = hashlib.sha256(os.fsencode("\n".join(files)))
-    for file in files[:: len(files) // 8 + 1]:
-        with suppress(OSError):  # a file that cannot be read
-            data.update(Path(file).read_bytes())
-    no_effect = ("weights", "output_dir", "num_workers")
+    no_effect = ("weights", "data_path", "output_dir", "num_workers")
     run = {
         "options": {name: value for name, value in vars(args).items() if name not in no_effect},
         "weights_hash": weights.hexdigest()[:16],
-        "data_hash": data.hexdigest()[:16],
+        "data_hash": "-".join(hash_files(folder, names) for folder, names in folders),
     }
     run["id"] = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:8]
-    if len(set(all_gather(run["id"]))) > 1:
+    if len(set(gather_values(run["id"]))) > 1:
         sys.exit("the processes find different weights or images: they have to share a disk")
     return run
 
 
-def write_classifier(args, weight, bias, classes, features):
-    """classifier.pth: weight (classes, width) and bias, for the features that the text names."""
+def write_classifier(args, run, weight, bias, classes, features):
+    """The file of the classifier: weight (classes, width) and bias, for the features that the text names."""
+    if not weight.isfinite().all():
+        sys.exit("the classifier is not finite: see --amp, --std, --weights")
     if PROCESS == 0:
         content = {"weight": weight.detach().cpu(), "bias": bias.detach().cpu()}
         content |= {"classes": classes, "features": features}
-        write(Path(args.output_dir, "classifier.pth"), partial(torch.save, content))
+        path = Path(args.output_dir, f"classifier-{run['id']}.pth")
+        write(path, partial(torch.save, content))
 
 
 def write_results(args, run, results):
     """Append a line to results.jsonl, and delete the states of the probe: it is finished."""
     entry = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "weights": args.weights, **results, **run}
     if PROCESS == 0:
-        with Path(args.output_dir, "results.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        for path in Path(args.output_dir).glob(f"probe-{run['id']}-*.pth"):
-            path.unlink()
-    say(f"results are in {args.output_dir}")
+        path = Path(args.output_dir, "results.jsonl")
+        lines = path.read_bytes() if path.exists() else b""
+        lines += json.dumps(entry).encode() + b"\n"
+        write(path, lambda file: file.write(lines))
+        for state in Path(args.output_dir).glob(f"probe-{run['id']}-*.pth"):
+            state.unlink()
+    say(f"results are in {args.output_dir}, with the id {run['id']}")
 
 
 def check_new(path):
-    """Ends the program if path exists, so that nothing is written over, or cannot be written."""
+    """SystemExit if path exists already, or its folder does not."""
     if PROCESS == 0 and os.path.lexists(path):
-        sys.exit(f"{path} exists already")
+        sys.exit(f"{path} exists already: delete it, or give another name")
     if not Path(path).absolute().parent.is_dir():
         sys.exit(f"there is no folder for {path}")
 

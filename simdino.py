@@ -5,46 +5,51 @@
     torchrun --nproc_per_node=W simdino.py --data_path /imagenet --output_dir runs/vitb16
     torchrun simdino.py --data_path FOLDER --output_dir runs/mine     # any folder of images
 
+On one device, python does the same as torchrun.
+
 Each image is cropped into V views: 2 large ones (global) and several small ones (local). The
 student, a ViT with a small head, maps every view to a unit vector z_s of d numbers. The teacher,
 whose weights are a moving average (EMA) of the student's weights, maps the global views to z_t.
 Views of one image are pulled together, and different images are kept apart:
 
-    loss = mean ½‖z_s - z_t‖² - γ R(Z)        the mean is over all images and pairs of two views
+    loss = mean ½‖z_s - z_t‖² - γ R(Z)        z_s and z_t: of two different views of an image
     R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
 
-Z belongs to one global view and to a group of n images: a row is (z_s + z_t) / 2 of an image. The R
-of the loss is the mean of R(Z) over the groups of a step and over both global views. The first term
-alone is 0 when all images get the same vector: the features collapse. DINO avoids this by centering
-and sharpening its scores of 65,536 prototypes. Here R is enough: once z_s and z_t agree, the rows
-have length 1, and of such rows parallel ones have the smallest R. How a step takes its images:
+The mean is over all images and all such pairs of views. Z is made of one global view of n images,
+which are called a group: each image has the row (z_s + z_t) / 2, where both are of this view. In
+the loss, R(Z) is averaged over the groups of a step and over both global views.
 
-    batch_size = rounds x processes x batch_size_per_gpu        each round has whole groups
+The first term alone is 0 when all images get the same vector: the features collapse. DINO avoids
+this by centering and sharpening its scores of 65,536 prototypes. Here R is enough. If all images
+had one vector, all rows would be parallel, and of rows of length 1 these have the smallest R.
 
---batch_size is the images of a step, which is one update of the weights. There is a process for
-each GPU. It takes its share of the step in several rounds: --batch_size_per_gpu images at a time,
-which are called a micro-batch. --group_size is n.
+A step is one update of the weights. Its images are spread over processes, one for each GPU. A
+process takes --batch_size_per_gpu images at a time, a micro-batch, in one or more rounds:
 
-The published run had 8 GPUs with 64 images each, and each GPU was a group. For the mean over the
-groups it does not matter which GPU computes a group, or in which round. So the second command
-repeats the published run on W = 1, 2, 4 or 8 GPUs: they share the 512 images of a step, in 8, 4, 2
-or 1 rounds.
+    --batch_size = rounds x processes x --batch_size_per_gpu        512 = 4 x 2 x 64
 
-The first command draws ten kinds of patterns and trains on them, in three minutes on two CPU cores.
+The published run had 8 GPUs with 64 images each, and each GPU was a group (--group_size 64). For
+the mean over the groups it does not matter which GPU computes a group, or in which round. So the
+second command repeats the published run on W = 1, 2, 4 or 8 GPUs, in 8, 4, 2 or 1 rounds.
+
+The first command draws ten kinds of patterns and trains on them, in two minutes on two CPU cores.
 k-NN accuracy (each test image gets the class that the most similar training images vote for) rises
-from 17 % to 59.1, 62.6 and 62.0 % (seeds 0 to 2). These numbers are printed; γ is 0.0195:
+from 17 % to 59.1, 62.6 and 62.0 % (seeds 0 to 2). The log shows for seed 0, and for a collapse:
 
-            step 10   step 400   collapsed
-    loss    -1.090     -1.542    -1.06 = -1 - γ 3.2    the loss above without its constant 1
-    comp     0.985      0.245     1                    mean cosine of z_s and z_t over the pairs
-    expa     0.105      1.296     0.06 = γ 3.2         γ R
-    rank     1.1       65.8       1                    directions in use by 64 images x 2 views
+            step 10   step 400   collapse
+    loss    -1.090     -1.542    -1.063    -comp - expa: the loss above minus 1
+    comp     0.985      0.245     1        mean cosine of z_s and z_t: 1 - the mean of ½‖z_s - z_t‖²
+    expa     0.105      1.296     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
+    rank     1.1       65.8       1        directions in use by 64 images x 2 views
 
-In the warm-up, here the first epoch, the rank of a healthy run falls to 1.1, and then it rises.
+In the warm-up, here the first epoch, the rank of a healthy run falls to 1.1; it then grows. If it
+is below 2 an epoch after the warm-up, the features have collapsed. comp falls far below 1 where R
+gains more than comp loses: here to 0.245, in the published run to 0.858.
 
 Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
-helpers of the run. The result of a run is the teacher in checkpoint.pth: eval_linear.py reads it.
+helpers of the run. The result is the teacher: torch.load(".../checkpoint.pth")["teacher"] has its
+weights, backbone.* and head.*; eval_linear.py judges and exports them.
 Paper: "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
 "Official" below is the authors' code, github.com/RobinWu218/SimDINO.
 """
@@ -52,6 +57,7 @@ Paper: "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, 
 import argparse
 import atexit
 import copy
+import errno
 import hashlib
 import io
 import json
@@ -66,7 +72,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -99,13 +105,15 @@ def coding_rate(z, eps_sq):
     R is roughly the logarithm of how many balls of radius ε fit in the volume that the rows span.
     With λ the eigenvalues of ZᵀZ, R = ½ Σ log(1 + d λ / (n ε²)). For rows of length 1, Σ λ = n, and
     R has bounds. It is smallest, ½ log(1 + d / ε²), when all rows are parallel: then one λ is n and
-    the others are 0. It is largest when all min(n, d) λ that can be positive are equal: then R is
-    (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²). For n = 64 and d = 256:
+    the others are 0. It is largest when the rows use all directions alike, min(n, d) equal λ: then
+    R is (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²). For n = 64 and d = 256:
 
         ε²      smallest    largest
         0.05       4.3       140.6
         0.4        3.2        76.7      as in the published models
         2          2.4        35.2
+
+    In float32, near a collapse, R is off by up to 0.001 for ε² = 0.05, and 0.3 for ε² = 0.0001.
     """
     # Autocast would form ZᵀZ in half precision. Near a collapse, rounding can then move an
     # eigenvalue below -n ε² / d, and the logarithm is NaN. A small ε² makes this more likely.
@@ -123,15 +131,15 @@ class SimDINOLoss(torch.nn.Module):
     """loss = -coeff comp - γ R. If coeff is 1, this is mean ½‖z_s - z_t‖² - 1 - γ R.
 
     comp (official name, from "compression") is the mean cosine of z_s and z_t, 1 - ½‖z_s - z_t‖²,
-    over all pairs of a teacher's and a student's view. A crop is not paired with itself, as such a
-    pair teaches no invariance. expa (from "expansion") is γ R.
+    over all pairs of a teacher's and a student's view of an image. A view is not paired with itself,
+    as such a pair teaches no invariance. expa (from "expansion") is γ R.
 
     eps_sq: ε². group_size: n, the images whose rows make one Z. R is the mean over these groups and
     over the teacher's views. None, or more than all images: one group. The published models had
     ε² = 0.4 and groups of 64 (SimDINOv2: 128). The official code sums ZᵀZ over one GPU but divides
     by the rows of all 8, so its 0.05 is 8 x 0.05 = 0.4 here.
-    gamma: γ. None: default_gamma of the images of this call, on all processes. If a step has
-    several rounds, give the default_gamma of the images of the step.
+    gamma: γ. None: default_gamma of the images of one call, on all processes. A step of several
+    rounds is several calls: give the default_gamma of all its images.
     expa_type: a row of Z is z_s (0), or (z_s + z_t) / 2 (1, the official default). The latter is
     shorter than 1 where z_s and z_t differ.
     """
@@ -154,12 +162,12 @@ class SimDINOLoss(torch.nn.Module):
         """Returns the loss, and a dictionary of comp and expa without gradient.
 
         student: V views of B images, (V, B, d). teacher: the first G of these views, (G, B, d).
-        Rows are scaled to length 1, as ProjectionHead's already are: longer rows would raise R
-        without being more diverse. Groups of n = group_size images are formed like this:
-            n divides B                         from the images of each process
-            else, n divides those of all        from the images of all processes, which are gathered
-            else, n < B                         as in the first case; the last images are left out
-            else                                ValueError
+        Rows are scaled to length 1 (ProjectionHead's have it): longer rows would raise R without
+        being more diverse. Groups of n = group_size images are formed of
+            the images of each process              if n divides B
+            those of all processes, gathered        else, if n divides their number
+            the images of each process, but for     else, if n < B; if not, ValueError
+                the last B % n, which R leaves out
         Not checked: that B is the same on all processes.
         """
         dtype = torch.promote_types(student.dtype, torch.float32)
@@ -170,23 +178,23 @@ class SimDINOLoss(torch.nn.Module):
         total = B * self.processes()
         if V < 2 or G > V:
             raise ValueError(f"{G} views of the teacher and {V} of the student make no pairs")
-        if 1 < total < G:  # with images in place of views, the features would collapse
+        if 1 < total < G:  # probably (images, views, d): the features would collapse
             raise ValueError(f"{G} views of {total} images: the order is (views, images, d)")
 
         # comp is a mean over images, so the mean of comp over processes is that of all images.
         cosine = (teacher[:, None] * student).sum(-1).mean(-1)  # (G, V)
-        same_crop = cosine.diagonal()
-        comp = (cosine.sum() - same_crop.sum()) / (G * (V - 1))
+        same_view = cosine.diagonal()
+        comp = (cosine.sum() - same_view.sum()) / (G * (V - 1))
 
         z = student[:G]  # (G, B, d)
         if self.expa_type == 1:
             z = (z + teacher) / 2
         n = total if self.group_size is None else min(self.group_size, total)
-        spans_processes = B % n != 0 and total % n == 0
-        if spans_processes:
-            z = self.gather(z)  # (G, total, d)
-        elif n > B:
-            raise ValueError(f"group_size {n} does not divide the {total} images")
+        if B % n != 0:
+            if total % n == 0:
+                z = self.gather(z)  # (G, total, d)
+            elif n > B:
+                raise ValueError(f"group_size {n} does not divide the {total} images")
         groups = z.shape[1] // n
         z = z[:, : groups * n].unflatten(1, (groups, n))  # (G, groups, n, d)
         gamma = self.default_gamma(d, total) if self.gamma is None else self.gamma
@@ -215,9 +223,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # This has the value of z, as z - own is 0, and `world` times its gradient. For DDP divides
-        # the sum of the gradients of all processes by world, but only this process has a gradient
-        # through these rows.
+        # DDP will divide the sum of all processes' gradients by world. Through these rows, only this
+        # process has a gradient. So it is made `world` times as large; the value is that of z.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -254,6 +261,14 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
+def add_branch(x, branch, factor):
+    """x + branch(x) factor, where the factor (B, 1, 1) of a sample may be 0. None: 1 for all."""
+    y = branch(x)
+    if factor is not None:
+        y = y * factor.to(y.dtype)
+    return x + y
+
+
 class Block(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -264,39 +279,39 @@ class Block(nn.Module):
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         )
 
-    def forward(self, x, keep=None):
-        """keep: (2, B, 1, 1), a factor for each branch of each sample, 0 drops the branch (see
-        stochastic_depth). None: no branch is dropped."""
-        attn = self.attn(self.norm1(x))
-        if keep is not None:
-            attn = attn * keep[0].to(attn.dtype)
-        x = x + attn
-        mlp = self.mlp(self.norm2(x))
-        if keep is not None:
-            mlp = mlp * keep[1].to(mlp.dtype)
-        return x + mlp
+    def forward(self, x, keep=(None, None)):
+        """keep: for each branch, an argument of add_branch (see stochastic_depth)."""
+        x = add_branch(x, lambda x: self.attn(self.norm1(x)), keep[0])
+        return add_branch(x, lambda x: self.mlp(self.norm2(x)), keep[1])
 
 
 class VisionTransformer(nn.Module):
-    """ViT whose parameters are named as in DINO and timm, so that weights travel both ways.
+    """ViT with the parameter names of DINO and timm, so that weights can be exchanged.
 
-    forward: images (B, 3, H, W), H and W multiples of patch_size -> CLS features (B, D); a list of
-    such batches, of several sizes -> their CLS features concatenated in that order. ValueError for
-    other sizes. drop_path_rate: of the last block; the rate rises linearly from 0 at the first.
-    grad_checkpointing = True: the backward pass computes the activations of a block again, so that
-    they need not be kept.
+    forward: images (B, 3, H, W), H and W multiples of patch_size -> CLS features (B, D).
+    ValueError for other sizes. drop_path_rate: the rate of stochastic depth in the last block.
+    grad_checkpointing: the backward pass computes the activations of a block again, so that they
+    need not be kept.
     """
 
     def __init__(
-        self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, drop_path_rate=0.0
+        self,
+        img_size=224,
+        patch_size=16,
+        embed_dim=384,
+        depth=12,
+        num_heads=6,
+        drop_path_rate=0.0,
+        grad_checkpointing=False,
     ):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         self.patch_size = patch_size
         self.side = img_size // patch_size
+        self.num_features = embed_dim
         self.drop_path_rate = drop_path_rate
-        self.grad_checkpointing = False
+        self.grad_checkpointing = grad_checkpointing
         proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -330,22 +345,16 @@ class VisionTransformer(nn.Module):
 
     def stochastic_depth(self, x):
         """The argument keep of each block, drawn for the samples of x. In training, a branch is
-        dropped at a rate that rises with depth from 0 to drop_path_rate. A branch that is kept is
-        divided by 1 - rate, so that its mean stays the same."""
+        skipped at a rate that rises with depth from 0 to drop_path_rate. A branch that is computed
+        is divided by 1 - rate, so that its mean stays the same."""
         depth = len(self.blocks)
         if not (self.training and self.drop_path_rate):
-            return [None] * depth
+            return [(None, None)] * depth
         rate = torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(-1, 1, 1, 1, 1)
         drawn = torch.rand(depth, 2, x.shape[0], 1, 1, device=x.device)
         return (drawn >= rate) / (1 - rate)  # (depth, 2, B, 1, 1)
 
     def forward(self, x):
-        if isinstance(x, (list, tuple)):
-            features = []
-            # Views of equal size that follow each other go through together.
-            for _, views in groupby(x, key=lambda view: view.shape[-2:]):
-                features.append(self(torch.cat(list(views))))
-            return torch.cat(features)
         x = self.prepare_tokens(x)
         for block, keep in zip(self.blocks, self.stochastic_depth(x)):
             if self.training and self.grad_checkpointing:  # no block draws random numbers
@@ -377,6 +386,22 @@ class ProjectionHead(nn.Module):
     def forward(self, x):
         z = self.mlp(x)
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+
+
+class Network(nn.Module):
+    """A backbone, and its head."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views):
+        """Unit rows (V, B, d) of V views: batches (B, 3, H, W), two global ones first."""
+        features = self.backbone(torch.cat(views[:2]))
+        if len(views) > 2:  # there are local views
+            features = torch.cat([features, self.backbone(torch.cat(views[2:]))])
+        return self.head(features).unflatten(0, (len(views), -1))
 
 
 # ---------------------------------------------------------------------- the views, and augmentation
@@ -422,8 +447,9 @@ def augment(views):
 def photometric(x, blur, solarize=0.0):
     """DINO's augmentation of uint8 x (B, 3, h, w): flip, jitter, grayscale, blur, solarisation.
 
-    Each is drawn for each image; only the order of jitter is drawn for the batch. blur, solarize:
-    the probabilities that differ by view. All operations equal torchvision's.
+    Each operation is drawn for each image by itself; only the order of the four operations of
+    jitter is one for the batch. blur, solarize: the probabilities that differ by view. The
+    operations are torchvision's, up to rounding. h and w must be above 6, for the blur.
     """
     x = torch.where(uniform(x) < 0.5, x.flip(-1), x)
     x = x / 255
@@ -432,7 +458,7 @@ def photometric(x, blur, solarize=0.0):
     x = torch.where(uniform(x) < blur, gaussian_blur(x, sigma=uniform(x, 0.1, 2.0)), x)
     if solarize:
         x = torch.where((uniform(x) < solarize) & (x >= 128 / 255), 1 - x, x)
-    return normalize(x)
+    return normalize_colors(x)
 
 
 def uniform(x, low=0.0, high=1.0):
@@ -472,9 +498,8 @@ def adjust_hue(x, shift):
     hue_chroma = torch.where(value == g, b - r + 2 * chroma, hue_chroma)
     hue_chroma = torch.where(value == r, g - b, hue_chroma)
     hue = hue_chroma / chroma.clamp(min=1e-8) + 6 * shift
-    # Back to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (hue + 5, 3, 1 for R, G, B) mod 6
-    offset = 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)
-    k = (hue + offset) % 6  # (B, 3, H, W)
+    # Back to RGB. This is the usual formula of all three channels at once.
+    k = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # (B, 3, H, W)
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -495,7 +520,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
 
 
-def normalize(x):
+def normalize_colors(x):
     """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
     # non_blocking: the CPU does not wait for the GPU
     mean = torch.tensor(MEAN).view(3, 1, 1).to(x.device, non_blocking=True)
@@ -506,15 +531,24 @@ def normalize(x):
 # ---------------------------------------------------------------------------------- a training step
 
 
+# What a step returns for the log: names on the terminal, and in log.txt
+FIGURES = {
+    "loss": "train_loss",
+    "comp": "train_comp_loss",
+    "expa": "train_expa_loss",
+}
+
+
 class SimDINO:
     """Student, teacher and optimizer, and the step that trains them.
 
-    backbone: maps a batch of images, or a list of batches of two sizes (global views first), to
-    one feature (D,) per image in that order, as VisionTransformer does; it has no buffers.
-    head: maps features to unit rows. rounds: micro-batches that this process takes in a step.
+    backbone: maps images (B, 3, H, W) of two sizes to features (B, D), as VisionTransformer does;
+    it has no buffers. head: maps features to unit rows. rounds: micro-batches that this process
+    takes in a step.
 
-    R alone prevents collapse. A teacher is still used: as the mean of many past students it is a
-    steadier target than the student itself, and its features are better than the student's (DINO).
+    R prevents collapse, unless the learning rate is too high. In this example, 1e-3 without a
+    warm-up is too high. A teacher is still used. As the mean of many past students it is a steadier target
+    than the student itself, and its features are better than the student's (DINO).
 
         images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
         make_views = MultiCrop(32, 16, local_crops=6)
@@ -523,24 +557,29 @@ class SimDINO:
         for step in range(100):
             views = default_collate([make_views(image) for image in images])
             micro_batches = [(step, views)]  # the step is the seed of what is drawn
-            means, _ = model.step(micro_batches, lr=1e-3, weight_decay=0.04, momentum=0.9)
-            print(step, means.tolist())  # loss, comp, expa
+            means, rows = model.step(micro_batches, lr=1e-4, weight_decay=0.04, momentum=0.9)
+            print(step, means.tolist(), effective_rank(rows))  # FIGURES; rank
     """
 
-    def __init__(self, backbone, head, loss_fn, clip_grad=3.0, rounds=1, dtype=torch.float32):
-        self.student = nn.Sequential(OrderedDict(backbone=backbone, head=head))
+    def __init__(
+        self,
+        backbone,
+        head,
+        loss_fn,
+        clip_grad=3.0,
+        rounds=1,
+        dtype=torch.float32,
+    ):
+        self.student = Network(backbone, head)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.model = self.student  # or, around it, DistributedDataParallel
+        self.model = self.student  # build() may put DistributedDataParallel around it
         self.loss_fn = loss_fn
         self.clip_grad = clip_grad
         self.rounds = rounds
         self.dtype = dtype
         self.params = list(self.student.parameters())
         self.device = self.params[0].device
-        # Weight decay is not for biases and norms, which have one dimension.
-        decayed = {"params": [p for p in self.params if p.ndim > 1], "decay_scale": 1.0}
-        others = {"params": [p for p in self.params if p.ndim <= 1], "decay_scale": 0.0}
-        self.optimizer = torch.optim.AdamW([decayed, others], fused=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.student), fused=True)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.saved = {  # the parts of a checkpoint that hold tensors
@@ -551,32 +590,34 @@ class SimDINO:
         }
 
     def step(self, micro_batches, lr, weight_decay, momentum):
-        """One step over this process's micro-batches, each a pair (seed, views): the whole method.
+        """One step over this process's micro-batches, as many as rounds: the whole method.
 
-        The gradient is the mean over the micro-batches of all processes. Returns what the log
-        shows: this process's mean loss, comp and expa, (3,), and of its last micro-batch
-        (z_s + z_t) / 2 of both global views, (2 B, d).
+        A micro-batch is (seed, views): the views as MultiCrop gives them, each a batch.
+        The gradient is the mean over the micro-batches of all processes. Returns for the log: a
+        tensor of the FIGURES, means over the micro-batches of this process; and of the last
+        micro-batch, (z_s + z_t) / 2 of both global views, (2 B, d).
         """
-        metrics = []
+        figures = []
         self.optimizer.zero_grad()
         for number, (seed, views) in enumerate(micro_batches, start=1):
             torch.manual_seed(seed)  # for augmentation and stochastic depth
             views = augment([view.to(self.device, non_blocking=True) for view in views])
             is_last = number == self.rounds
-            self.model.require_backward_grad_sync = is_last  # for DDP: average once a step
+            self.model.require_backward_grad_sync = (
+                is_last  # DDP averages once a step; see its no_sync()
+            )
             with self.autocast:
                 with torch.no_grad():
-                    z_t = self.teacher(views[:2]).unflatten(0, (2, -1))  # (2, B, d)
-                z_s = self.model(views).unflatten(0, (len(views), -1))  # (V, B, d)
+                    z_t = self.teacher(views[:2])  # (2, B, d)
+                z_s = self.model(views)  # (V, B, d)
             loss, stats = self.loss_fn(z_s, z_t)
             self.scaler.scale(loss / self.rounds).backward()
-            metrics.append(torch.stack([loss.detach(), stats["comp"], stats["expa"]]))
+            figures.append(torch.stack([loss.detach(), *stats.values()]))  # in their order
 
-        # torch._foreach_ functions treat a list of tensors at once, where a loop would be slower.
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad:  # each tensor by itself, as DINO does
             grads = [p.grad for p in self.params]
-            norms = torch.stack(torch._foreach_norm(grads))
+            norms = torch.stack(torch._foreach_norm(grads))  # _foreach_: of all tensors at once
             factors = (self.clip_grad / (norms + 1e-6)).clamp(max=1)
             torch._foreach_mul_(grads, factors.unbind())
         for group in self.optimizer.param_groups:
@@ -586,15 +627,22 @@ class SimDINO:
         self.scaler.update()
         with torch.no_grad():  # the teacher: exponential moving average of the student
             torch._foreach_lerp_(list(self.teacher.parameters()), self.params, 1 - momentum)
-        rows = (z_s[:2].detach() + z_t) / 2
-        return torch.stack(metrics).mean(0), rows.flatten(0, 1)
+        rows = (z_s[:2].detach() + z_t).flatten(0, 1) / 2
+        return torch.stack(figures).mean(0), rows
 
     def is_finite(self):
         """Whether all weights and AdamW's moments are finite. The CPU waits for the GPU here."""
-        tensors = list(self.params)
+        tensors = [*self.params, *self.teacher.parameters()]
         for state in self.optimizer.state.values():
             tensors += state.values()
         return torch.stack(torch._foreach_norm(tensors)).isfinite().all().item()
+
+
+def parameter_groups(student):
+    """AdamW's groups of parameters. decay_scale: 0 for biases and norms, which have one dimension."""
+    decayed = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    return [{"params": decayed, "decay_scale": 1.0}, {"params": others, "decay_scale": 0.0}]
 
 
 # ======================================================================================= 2. The run
@@ -621,14 +669,13 @@ SMALL = {
     "saveckp_freq": 0,
     "eval_freq": 4,
 }
-# Options that may differ from those of the checkpoint that a run goes on from
+# Options that may change when a run is resumed; other ones make it another run
 MAY_CHANGE_ON_RESUME = {
     "data_path",  # the images are compared instead: see start_run
     "output_dir",
     "pretrained_weights",
     "small_images",
     "resume_anyway",
-    "batch_size_per_gpu",
     "epochs",  # the schedules then follow the new number
     "max_steps",
     "amp",
@@ -641,62 +688,55 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def parse_args(argv=None):
-    """The options: those of argv (the command line), then SMALL or the paper's ImageNet recipe."""
+    """The options on the command line, or in argv. The defaults are the paper's ImageNet recipe; in
+    the built-in run and with --small_images, SMALL."""
     parser = argparse.ArgumentParser(
         usage="torchrun %(prog)s [options]",
         description="Train a vision transformer on images without labels.\n\n"
-        "    torchrun simdino.py                         # the built-in data\n"
-        "    torchrun simdino.py --data_path /imagenet   # the paper's recipe",
+        "    torchrun %(prog)s                         # the built-in data\n"
+        "    torchrun %(prog)s --data_path /imagenet   # the paper's recipe",
         epilog=f"Without --data_path, or with --small_images, other defaults hold:\n{SMALL}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
 
-    def option(flag, default, text):  # of the same type as its default
-        add(flag, type=type(default), default=default, help=f"{text} [{default}]")
+    def option(flag, default, text, **settings):
+        if default is not None:
+            settings.setdefault("type", type(default))
+            text = f"{text} [{default}]"
+        parser.add_argument(flag, default=default, help=text, **settings)
 
-    place = {"type": os.path.expanduser}  # a shell leaves the ~ of --output_dir=~/runs as it is
-    text = "folder of train/ and val/, of class folders, or of images"
-    add("--data_path", help=text, **place)
-    text = "folder for all that the run writes [output_simdino]"
-    add("--output_dir", default="output_simdino", help=text, **place)
-    text = "start from the weights in this file, named as here or in DINO"
-    add("--pretrained_weights", help=text, **place)
-    add("--small_images", action="store_true", help="take the built-in run's defaults")
-    add(
-        "--resume_anyway",
-        action="store_true",
-        help="go on from a checkpoint of other options or images",
+    def switch(flag, text):
+        parser.add_argument(flag, action="store_true", help=text)
+
+    home = os.path.expanduser  # a shell leaves the ~ of --output_dir=~/runs as it is
+    option(
+        "--data_path", None, "folder of train/ and val/, of class folders, or of images", type=home
     )
+    option("--output_dir", "output_simdino", "folder for all that the run writes", type=home)
+    option("--pretrained_weights", None, "weights to start from, our names or DINO's", type=home)
+    switch("--small_images", "take the built-in run's defaults")
+    switch("--resume_anyway", "resume although options or images differ from the checkpoint's")
     option("--seed", 0, "seed of all that is random")
-    add("--arch", choices=ARCHS, default="vit_base", help="size of the backbone [vit_base]")
+    option("--arch", "vit_base", "size of the backbone", choices=ARCHS)
     option("--patch_size", 16, "side of a patch in pixels")
     option("--hidden_dim", 2048, "width of the projection head")
     option("--drop_path_rate", 0.1, "stochastic depth: rate at the last block")
     option("--global_crops_size", 224, "side of the 2 global views in pixels")
     option("--local_crops_size", 96, "side of the local views in pixels")
     option("--local_crops_number", 10, "local views of an image")
-    share = {"type": float, "nargs": 2}
-    text = "smallest and largest share of the image's area in a global view [0.4 1]"
-    add("--global_crops_scale", default=[0.4, 1.0], help=text, **share)
-    text = "smallest and largest share of the image's area in a local view [0.05 0.4]"
-    add("--local_crops_scale", default=[0.05, 0.4], help=text, **share)
+    option("--global_crops_scale", [0.4, 1.0], "share of the area: from, to", type=float, nargs=2)
+    option("--local_crops_scale", [0.05, 0.4], "share of the area: from, to", type=float, nargs=2)
     option("--coeff", 1.0, "weight of the mean cosine")
     option("--eps_sq", 0.4, "square of the radius epsilon in the coding rate R")
     option("--group_size", 64, "n, the images of a group, which has one coding rate R")
-    add("--gamma", type=float, help="weight of R [1 / 256 + 1 / batch_size]")
-    add(
-        "--expa_type",
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="R is that of z_s (0) or of (z_s + z_t) / 2 (1) [1]",
-    )
-    option("--epochs", 100, "passes over the images; those that fill no step are left out")
+    option("--gamma", None, "weight of R [1 / 256 + 1 / batch_size]", type=float)
+    option("--expa_type", 1, "R is that of z_s (0) or of (z_s + z_t) / 2 (1)", choices=(0, 1))
+    option("--epochs", 100, "passes over the images; an incomplete last step is left out")
     option("--batch_size", 512, "images of a step, on all GPUs")
-    text = "images that a GPU takes at a time [64, at most batch_size / GPUs]"
-    add("--batch_size_per_gpu", type=int, help=text)
+    option(
+        "--batch_size_per_gpu", None, "images that a GPU takes at a time [64 or fewer]", type=int
+    )
     option("--lr", 5e-4, "the peak learning rate is this times batch_size / 256")
     option("--min_lr", 1e-6, "learning rate at the end")
     option("--warmup_epochs", 10.0, "epochs in which the learning rate rises from 0")
@@ -705,10 +745,14 @@ def parse_args(argv=None):
     option("--clip_grad", 3.0, "largest gradient norm of a tensor; 0: no clipping")
     option("--momentum_teacher", 0.996, "momentum of the teacher at the start; it rises to 1")
     option("--max_steps", 0, "stop early, after so many steps; 0: after --epochs")
-    text = "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, as on a CPU [auto]"
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=text)
-    add("--compile", action="store_true", help="compile the transformer's blocks")
-    add("--grad_checkpointing", action="store_true", help="slower, a quarter of the memory")
+    option(
+        "--amp",
+        "auto",
+        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, which is auto on a CPU",
+        choices=("auto", "bf16", "fp16", "off"),
+    )
+    switch("--compile", "compile the transformer's blocks")
+    switch("--grad_checkpointing", "slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     option("--num_workers", min(10, cores), "data-loading workers per GPU")
     option("--saveckp_freq", 10, "keep a copy after epoch 1 and then every N epochs; 0: none")
@@ -722,27 +766,36 @@ def parse_args(argv=None):
         args.batch_size_per_gpu = min(64, args.batch_size // WORLD)
     args.group_size = min(args.group_size, args.batch_size)
 
-    # Sizes with which the run would silently be another one
+    check_sizes(parser, args)
+    return args
+
+
+def check_sizes(parser, args):
+    """End the program if the run would silently be another one, or fail late."""
     micro_batch = args.batch_size_per_gpu
-    in_round = WORLD * micro_batch
-    group = args.group_size
-    if in_round < 1 or args.batch_size % in_round:
+    round_size = WORLD * micro_batch
+    if round_size < 1 or args.batch_size % round_size:
         parser.error(
             f"--batch_size {args.batch_size} must be a multiple of the {WORLD} processes "
             f"x --batch_size_per_gpu {micro_batch}"
         )
+    group = args.group_size
     if group < 1:
         parser.error("--group_size must be at least 1")
-    groups_in_micro_batch = micro_batch % group == 0
-    micro_batches_in_group = group % micro_batch == 0 and in_round % group == 0
-    if not groups_in_micro_batch and not micro_batches_in_group:
+    is_within_process = micro_batch % group == 0
+    is_within_round = group % micro_batch == 0 and round_size % group == 0
+    if not is_within_process and not is_within_round:
         parser.error(
             f"--group_size {group} must divide --batch_size_per_gpu {micro_batch}, or be a "
-            f"multiple of it that divides the {in_round} images which all processes take at a time"
+            f"multiple of it that divides the {round_size} images of all processes in a round"
         )
+    for size in (args.global_crops_size, args.local_crops_size):
+        if size % args.patch_size:
+            parser.error(
+                f"views of {size} pixels: not a multiple of --patch_size {args.patch_size}"
+            )
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    return args
 
 
 # ----------------------------------------------------------------------------- the images of a step
@@ -754,10 +807,10 @@ def seed_from(*numbers):
 
 
 class Images(Dataset):
-    """Item epoch * n + i is image i of n, transformed for this epoch, and its label, -1 for none.
+    """Item (epoch, i) is image i, transformed for this epoch, and its label, -1 for none.
 
     All that is random in an item is drawn from (seed, epoch, i) alone, whichever worker does it. If
-    the image cannot be read, another one takes its place, which is drawn too; its label is -1.
+    the image cannot be read, a random other one takes its place, with label -1.
     """
 
     def __init__(self, root, names, labels, transform, seed=0):
@@ -771,7 +824,7 @@ class Images(Dataset):
         return len(self.names)
 
     def __getitem__(self, item):
-        epoch, index = divmod(item, len(self))
+        epoch, index = item
         label = self.labels[index]
         # torch.manual_seed would also seed the GPU, which workers must not touch.
         torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))
@@ -783,7 +836,7 @@ class Images(Dataset):
                 warnings.warn(f"another image takes its place: {error}", stacklevel=1)
                 index = torch.randint(len(self), ()).item()
                 label = -1
-        raise OSError(f"none of 1000 images in {self.root} can be read")
+        raise OSError(f"1000 times, a random image in {self.root} could not be read")
 
 
 @lru_cache(maxsize=1)
@@ -793,30 +846,29 @@ def shuffled(n, seed, epoch):
 
 
 class MicroBatches(Dataset):
-    """Item step * parts_per_step + part: the seed and the views of a micro-batch.
+    """Item (step, number): one of the micro-batches of a step, as SimDINO.step takes it.
 
     An epoch's images, in random order, are cut into steps of batch_size images; the rest is left
-    out. A step is cut into parts of batch_size_per_gpu images. All that is random is drawn
-    from (seed, epoch, image) in the workers and from (seed, step, part) on the device. So with the
-    same batch_size_per_gpu, a run is the same on any number of processes, up to rounding. On a CPU,
-    a resumed run ends with the same bits.
+    out. A step is cut into micro-batches. The views of an image are drawn from (seed, epoch, image),
+    all else from (seed, step, number). So with the same batch_size_per_gpu, a run is the same on
+    any number of processes, up to rounding. On a CPU, a resumed run ends with the same bits.
     """
 
     def __init__(self, images, args):
         self.images = images
         self.seed = args.seed
         self.batch_size = args.batch_size
-        self.micro_batch = args.batch_size_per_gpu
-        self.parts_per_step = args.batch_size // args.batch_size_per_gpu
+        self.size = args.batch_size_per_gpu
 
     def __getitem__(self, item):
+        step, number = item
         n = len(self.images)
-        step, part = divmod(item, self.parts_per_step)
         epoch, step_of_epoch = divmod(step, n // self.batch_size)
-        start = step_of_epoch * self.batch_size + part * self.micro_batch
-        chosen = shuffled(n, self.seed, epoch)[start : start + self.micro_batch].tolist()
-        views, _ = default_collate([self.images[epoch * n + i] for i in chosen])
-        return seed_from(self.seed, step, part), views
+        start = step_of_epoch * self.batch_size + number * self.size
+        chosen = shuffled(n, self.seed, epoch)[start : start + self.size].tolist()
+        views, _ = default_collate([self.images[epoch, i] for i in chosen])
+        seed = seed_from(self.seed, step, number)
+        return seed, views
 
 
 # ------------------------------------------------------------------------------------- the training
@@ -828,22 +880,27 @@ def build(args, device):
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
-    on_cpu = device.type == "cpu" and dtype != torch.float32
-    if on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        say(f"--amp {amp} is for GPUs: this CPU has no AVX-512, so it will take many times longer")
     torch.manual_seed(args.seed)
-    vit = ARCHS[args.arch]
     backbone = VisionTransformer(
-        args.global_crops_size, args.patch_size, **vit, drop_path_rate=args.drop_path_rate
+        args.global_crops_size,
+        args.patch_size,
+        **ARCHS[args.arch],
+        drop_path_rate=args.drop_path_rate,
+        grad_checkpointing=args.grad_checkpointing,
     )
-    backbone.grad_checkpointing = args.grad_checkpointing
-    head = ProjectionHead(vit["embed_dim"], args.hidden_dim)
+    head = ProjectionHead(backbone.num_features, args.hidden_dim)
     gamma = args.gamma
     if gamma is None:
         gamma = SimDINOLoss.default_gamma(OUT_DIM, args.batch_size)
     loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, gamma, args.expa_type)
-    rounds = args.batch_size // (args.batch_size_per_gpu * WORLD)
-    model = SimDINO(backbone.to(device), head.to(device), loss_fn, args.clip_grad, rounds, dtype)
+    model = SimDINO(
+        backbone.to(device),
+        head.to(device),
+        loss_fn,
+        clip_grad=args.clip_grad,
+        rounds=args.batch_size // (args.batch_size_per_gpu * WORLD),
+        dtype=dtype,
+    )
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # it would split the graph of a block
         for block in [*model.student.backbone.blocks, *model.teacher.backbone.blocks]:
@@ -877,57 +934,113 @@ def schedules(args, steps_per_epoch):
 
 
 def start_run(args, path, images, model):
-    """A new run, or the one saved at path: what a checkpoint holds beside the tensors."""
-    # Other images may have the same names, so the bytes of about eight files are hashed too.
-    digest = hashlib.sha256(os.fsencode("\n".join(images.names)))
-    for name in images.names[:: len(images) // 8 + 1]:
-        with suppress(OSError):  # a file that cannot be read
-            digest.update(Path(images.root, name).read_bytes())
+    """Returns run, a dictionary of what a checkpoint holds beside the tensors: of a new run, or of
+    the one saved at path. Loads the tensors into model."""
     run = {
         "args": vars(args),
-        "images_hash": digest.hexdigest()[:16],
+        "images_hash": hash_files(images.root, images.names),
         "epoch": 0,  # how many epochs are finished
-        "metrics": [],  # loss, comp and expa of each finished step of the current epoch
+        "figures": [],  # the FIGURES of each finished step of the current epoch
         "log": [],  # a dictionary for each finished epoch
     }
-    if any(all_gather(path.exists())):  # then all need it: torch.load names a missing file
+    # If one process finds a checkpoint, all load it. Where it is missing, torch.load says so.
+    if any(gather_values(os.path.lexists(path))):
         restore(path, run, model)
-    elif args.pretrained_weights:
+    elif args.pretrained_weights is not None:
         load_pretrained(args.pretrained_weights, model)
     steps_per_epoch = len(images) // args.batch_size
-    if len(run["metrics"]) >= steps_per_epoch:  # with --resume_anyway, an epoch may be shorter now
-        run["metrics"] = run["metrics"][: steps_per_epoch - 1]  # an epoch ends after a step
-    run["step"] = run["epoch"] * steps_per_epoch + len(run["metrics"])
-    if len(set(all_gather((run["images_hash"], run["step"])))) > 1:
+    # With --resume_anyway, the epoch may now have fewer steps than are done of it. Then the last one
+    # is done again, so that the epoch ends as usual.
+    run["figures"] = run["figures"][: steps_per_epoch - 1]
+    run["step"] = run["epoch"] * steps_per_epoch + len(run["figures"])
+    if len(set(gather_values((run["images_hash"], run["step"])))) > 1:
         sys.exit("the processes find different images or checkpoints: they have to share a disk")
     return run
 
 
-def take_steps(model, data, schedule, steps):
-    """Train for these steps. In them the CPU does not wait for the GPU. Returns their metrics,
-    (steps, 3), the rows of the last step, and the seconds of waiting for data."""
-    metrics = []
-    waits = []
+class Stream:
+    """The micro-batches of a DataLoader, and the seconds that were spent waiting for them."""
+
+    def __init__(self, loader):
+        self.micro_batches = iter(loader)
+        self.waited = 0.0
+
+    def take(self, count):
+        """Yields the next ones, one by one: a list of many could need too many open files."""
+        for _ in range(count):
+            started = time.monotonic()
+            micro_batch = next(self.micro_batches)
+            self.waited += time.monotonic() - started
+            yield micro_batch
+
+
+def take_steps(model, stream, schedule, steps):
+    """Train for these steps, in which the CPU does not wait for the GPU. Returns their FIGURES, a
+    row for each step, and the rows z of the last step."""
+    figures = []
     for step in steps:
-        micro_batches = one_by_one(data, model.rounds, waits)
         settings = {name: values[step] for name, values in schedule.items()}
-        means, rows = model.step(micro_batches, **settings)
-        metrics.append(means)
-    return torch.stack(metrics), rows, sum(waits)
+        means, rows = model.step(stream.take(model.rounds), **settings)
+        figures.append(means)
+    return torch.stack(figures), rows
 
 
-def one_by_one(data, count, waits):
-    """Yields the next count items of data, and adds the seconds of waiting for each to waits. All
-    at once, as a list, the micro-batches of many rounds would need too many open files."""
-    for _ in range(count):
-        asked = time.monotonic()
-        item = next(data)
-        waits.append(time.monotonic() - asked)
-        yield item
+def meet(figures, signals, last_save):
+    """Wait for the GPU and for all processes. Returns the means of their figures, a list for each
+    step; a signal that one of them caught, or 0; and the seconds since the last save."""
+    report = {
+        "figures": figures.tolist(),
+        "signal": max(signals, default=0),
+        "unsaved": time.monotonic() - last_save,
+    }
+    reports = gather_values(report)
+    means = np.mean([each["figures"] for each in reports], axis=0).tolist()
+    caught = max(each["signal"] for each in reports)
+    unsaved = max(each["unsaved"] for each in reports)
+    return means, caught, unsaved
+
+
+def check_finite(figures, model):
+    """End the run if a loss, a weight or a moment is not finite."""
+    is_finite = all(math.isfinite(loss) for loss, *_ in figures) and model.is_finite()
+    if not is_finite or model.scaler.get_scale() < 1:  # fp16 has tried all scales; else it is 1
+        sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
+
+
+def show_progress(run, args, last_step, rank, images_per_second, passing):
+    """Print the figures of the last step, and how long the rest will take."""
+    figures = [f"{name} {value:.3f}" for name, value in zip(FIGURES, run["figures"][-1])]
+    left = (last_step - run["step"]) * args.batch_size / images_per_second
+    line = (
+        f"epoch {run['epoch'] + 1}/{args.epochs} step {run['step']}/{last_step} "
+        f"{' '.join(figures)} rank {rank:.1f} "
+        f"{images_per_second:.0f} img/s ETA {timedelta(seconds=int(left))}"
+    )
+    say(line, passing=passing)
+
+
+def end_epoch(run, schedule, rank, images_per_second, data_wait):
+    """Add an entry for the epoch to the log of run."""
+    steps = slice(run["step"] - len(run["figures"]), run["step"])
+    means = np.mean(run["figures"], axis=0).tolist()
+    entry = {
+        "epoch": run["epoch"],  # counted from 0
+        **dict(zip(FIGURES.values(), means)),
+        "train_lr": float(np.mean(schedule["lr"][steps])),
+        "train_wd": float(np.mean(schedule["weight_decay"][steps])),
+        "rank": rank,
+        "knn": None,  # log_knn_accuracy sets it
+        "img_s": images_per_second,
+        "data_wait": data_wait,  # share of the time
+    }
+    run["log"].append(entry)
+    run["epoch"] += 1
+    run["figures"] = []
 
 
 def main():
-    """Train; save after epochs (at most once a minute), every 15 minutes, and at a signal."""
+    """Train. The run is saved after epochs (but at most once a minute), every 15 minutes, at a
+    signal, and at the end."""
     args = parse_args()
     device = start_process()
     path = Path(args.output_dir, "checkpoint.pth")
@@ -946,100 +1059,69 @@ def main():
     kept = math.prod(schedule["momentum"][:last_step])
     if kept > 0.1:
         say(
-            f"few steps: the teacher, which is the result, keeps {100 * kept:.0f} % of its first "
-            "weights. Give a lower --momentum_teacher or more --epochs"
+            f"only {last_step} steps: the teacher, which is the result, keeps {100 * kept:.0f} % "
+            "of its first weights. More steps or a lower --momentum_teacher would change that"
         )
     run = start_run(args, path, images, model)
+    if run["step"] == 0:  # a full disk, or another run in this folder, is then noticed at once
+        save(path, run, model)
     if run["step"] >= last_step:
         say(f"nothing is left to train: all {last_step} steps are done")
     signals = catch_signals()
 
     loader_options = choose_loader_options(args, device)
+    loader_options["worker_init_fn"] = ignore_signals
     # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
+    numbers = range(PROCESS, model.rounds * WORLD, WORLD)
+    items = product(range(run["step"], last_step), numbers)
     dataset = MicroBatches(images, args)
-    first = run["step"] * dataset.parts_per_step + PROCESS
-    items = range(first, last_step * dataset.parts_per_step, WORLD)
-    data = iter(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
+    stream = Stream(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
+    # After some ten rounds, the CPU waits for the GPU, and a line may be printed or the run saved.
+    steps_at_a_time = math.ceil(10 / model.rounds)
     last_save = time.monotonic()
     last_line = 0.0
 
-    while True:
-        # An epoch begins here, or goes on after an interruption. After the last one, all is over.
-        epoch = run["epoch"]
-        is_over = run["step"] >= last_step
-        is_between_epochs = not run["metrics"]
-        if knn_images and is_between_epochs and (is_over or epoch % args.eval_freq == 0):
-            log_knn_accuracy(run, path, model, knn_images, loader_options)
-        if is_over:
-            break
-
+    # Accuracy before the first epoch, or that which an interruption has left out
+    log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
+    while run["step"] < last_step:
+        # An epoch begins here, or goes on after an interruption.
         first_step = run["step"]
-        end_of_epoch = (epoch + 1) * steps_per_epoch
+        end_of_epoch = (run["epoch"] + 1) * steps_per_epoch
         stop = min(end_of_epoch, last_step)
         started = time.monotonic()
-        waited = 0.0
+        stream.waited = 0.0
         while run["step"] < stop:
-            # Ten micro-batches or more, then the CPU waits for the GPU, and the processes meet.
-            end = min(run["step"] + math.ceil(10 / model.rounds), stop)
-            metrics, rows, seconds = take_steps(model, data, schedule, range(run["step"], end))
-            waited += seconds
-            report = {
-                "metrics": metrics.tolist(),
-                "signal": max(signals, default=0),
-                "unsaved": time.monotonic() - last_save,
-            }
-            reports = all_gather(report)
-            metrics = np.mean([each["metrics"] for each in reports], axis=0)
-            caught = max(each["signal"] for each in reports)
-            unsaved = max(each["unsaved"] for each in reports)  # seconds
-            is_finite = np.isfinite(metrics).all() and model.is_finite()
-            if not is_finite or model.scaler.get_scale() < 1:  # the scale is 1 without fp16
-                sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
-            run["step"] = end
-            run["metrics"] += metrics.tolist()
+            steps = range(run["step"], min(run["step"] + steps_at_a_time, stop))
+            figures, rows = take_steps(model, stream, schedule, steps)
+            figures, caught, unsaved = meet(figures, signals, last_save)
+            check_finite(figures, model)
+            run["step"] = steps.stop
+            run["figures"] += figures
 
-            loss, comp, expa = run["metrics"][-1]
-            rank = effective_rank(rows)  # of the first process, which prints it
             now = time.monotonic()
-            seconds_per_step = (now - started) / (end - first_step)
-            if end == stop or os.isatty(1) or now - last_line > 60:
-                left = timedelta(seconds=int((last_step - end) * seconds_per_step))
-                line = (
-                    f"epoch {epoch + 1}/{args.epochs} step {end}/{last_step} "
-                    f"loss {loss:.3f} comp {comp:.3f} expa {expa:.3f} rank {rank:.1f} "
-                    f"{args.batch_size / seconds_per_step:.0f} img/s ETA {left}"
-                )
-                say(line, passing=end < stop)
+            images_per_second = args.batch_size * (run["step"] - first_step) / (now - started)
+            rank = effective_rank(rows)  # of the first process, which prints it
+            passing = run["step"] < stop
+            if not passing or os.isatty(1) or now - last_line > 60:
+                show_progress(run, args, last_step, rank, images_per_second, passing)
                 last_line = now
 
-            if end == end_of_epoch:
-                loss, comp, expa = np.mean(run["metrics"], axis=0).tolist()
-                steps = slice(end_of_epoch - steps_per_epoch, end_of_epoch)
-                entry = {
-                    "epoch": epoch,  # counted from 0; names of the official code
-                    "train_loss": loss,
-                    "train_comp_loss": comp,
-                    "train_expa_loss": expa,
-                    "train_lr": float(np.mean(schedule["lr"][steps])),
-                    "train_wd": float(np.mean(schedule["weight_decay"][steps])),
-                    "rank": rank,
-                    "knn": None,
-                    "img_s": args.batch_size / seconds_per_step,
-                    "data_wait": waited / (now - started),
-                }
-                run["log"].append(entry)
-                run["epoch"] = epoch + 1
-                run["metrics"] = []
-                if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                    save(path.with_name(f"checkpoint{epoch:04}.pth"), run, model)
+            is_end_of_epoch = run["step"] == end_of_epoch
+            if is_end_of_epoch:
+                data_wait = stream.waited / (now - started)
+                end_epoch(run, schedule, rank, images_per_second, data_wait)
+                finished = run["epoch"] - 1  # counted from 0, as in the log
+                if args.saveckp_freq and finished % args.saveckp_freq == 0:
+                    save(path.with_name(f"checkpoint{finished:04}.pth"), run, model)
             # Not after every epoch: with few images, saving would take most of the time.
-            is_due = unsaved > 15 * 60 or (end == end_of_epoch and unsaved > 60)
-            if caught or is_due or end == last_step:
+            is_due = unsaved > 15 * 60 or (is_end_of_epoch and unsaved > 60)
+            if caught or is_due or run["step"] == last_step:
                 save(path, run, model)
                 last_save = time.monotonic()
             if caught:
-                say(f"{signal.Signals(caught).name}: saved {path} at step {end}")
+                say(f"{signal.Signals(caught).name}: saved {path} at step {run['step']}")
                 os._exit(128 + caught)
+        log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
     end_process()
 
 
@@ -1047,13 +1129,17 @@ def main():
 
 # ------------------------------------------------------------------------ the processes and signals
 
+# How a run ends. After its last step: by end_process, with status 0. At a signal: main saves and
+# leaves. At an error: Python prints it, the process leaves with status 1, and torchrun ends the
+# others. In each case os._exit is called, as Python would wait for the data-loading workers: for
+# ever if one hangs, or ignores Python's SIGTERM. They ignore signals because torchrun and terminals
+# send these to all processes, but the steps that are under way still need their images.
+
 
 def start_process():
     """Connect this process with the others. Returns its device."""
     if __name__ == "__main__":
-        # After an error, Python would end the workers by SIGTERM, which they ignore, and wait for
-        # them for ever.
-        atexit.register(os._exit, 1)
+        atexit.register(os._exit, 1)  # an exit before end_process is an error
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
     name = "the CPU"
@@ -1061,14 +1147,14 @@ def start_process():
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
     elif torch.version.cuda:
-        name = f"the CPU; a GPU would need a driver for CUDA {torch.version.cuda}"
-    if WORLD > 1:
+        name = f"the CPU (PyTorch finds no GPU with a driver for CUDA {torch.version.cuda})"
+    say(f"processes: {WORLD}, on {name}")
+    if WORLD > 1:  # waits for the others
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             timeout=timedelta(hours=1),  # the wait for the slowest process, as disks differ
             device_id=device if cuda else None,
         )
-    say(f"{WORLD} processes on {name}")
     return device
 
 
@@ -1077,11 +1163,13 @@ def end_process():
     if WORLD > 1:
         time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
-    atexit.unregister(os._exit)
+    if __name__ == "__main__":
+        atexit.unregister(os._exit)
+        atexit.register(os._exit, 0)
 
 
-def all_gather(value):
-    """The values of all processes, in their order."""
+def gather_values(value):
+    """The values of all processes, in their order: any Python objects."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -1104,17 +1192,17 @@ def wait_for_all():
 
 
 def say(text, passing=False):
-    """Print on the first process. On a terminal, the next line takes the place of a passing one."""
+    """Print on the first process. passing: on a terminal, the next text takes the place of this."""
     end = "\n"
     if os.isatty(1):
-        if passing:  # cut it: a line that wraps could not be replaced
-            text = text[: shutil.get_terminal_size().columns - 1]
+        if passing:
+            text = text[: shutil.get_terminal_size().columns - 1]  # one line
             end = ""
         text = "\r\033[K" + text  # to the line's start, and clear it
     try:
         if PROCESS == 0:
             print(text, end=end, flush=True)
-    except OSError:  # a closed terminal or pipe costs the lines, not the run
+    except OSError:  # the terminal or the pipe is closed: the run goes on without printing
         sys.stdout = None
 
 
@@ -1124,7 +1212,7 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 
 
 def catch_signals():
-    """A list to which signals are added from now on: the run saves, then ends."""
+    """A list, to which signals are added from now on. main saves and ends when it sees one."""
     caught = []
 
     def handler(number, frame):
@@ -1137,7 +1225,7 @@ def catch_signals():
 
 
 def ignore_signals(worker):
-    """Workers ignore signals, as the main process may still have to read from them."""
+    """For the data-loading workers: see above."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1146,36 +1234,43 @@ def choose_loader_options(args, device):
     """Arguments of DataLoader: how many workers load images, and how they are started."""
     options = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
     if args.num_workers:
-        options["worker_init_fn"] = ignore_signals
         options["timeout"] = 900  # seconds: a worker that hangs ends the run
         if sys.platform == "linux":
-            # Python 3.14 would start the workers from another process, a server. torchrun's SIGTERM
-            # ends the server while its workers are still needed; after an error it stays for ever.
+            # Python 3.14 would let another process, a server, start the workers. torchrun's SIGTERM
+            # ends this server while its workers are still needed; after an error, it never ends.
             options["multiprocessing_context"] = "fork"
     return options
 
 
 # ---------------------------------------------------------------------- the images and their labels
 
+SPLITS = ("val", "valid", "validation", "test")  # names of a folder to judge on
+
 
 def load_image(path):
     """An image file -> uint8 (3, H, W), RGB, upright by its EXIF data; the first of several frames.
-    OSError, which names the file, for all that cannot be read."""
+    OSError, which names the file, if it cannot be decoded. RuntimeError if the machine is at fault:
+    it ends the run, which can go on later."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("a pipe, which might never end")
         # Pillow would scramble an uncompressed TIFF file with an orientation, opened by its name.
         with open(path, "rb") as file, Image.open(file) as image:
-            # A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes less time.
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least 1024 pixels.
             image.draft("RGB", (1024, 1024))
             if image.mode.startswith(("I", "F")):  # convert() would clip their values at 255
                 raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
             return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # there is no end to what a decoder may raise
+        faults = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in faults:
+            raise RuntimeError(f"cannot read {path}") from error
         raise OSError(f"cannot read {path}: {error}") from error
 
 
 def find_images(root):
     """The names of all images below root, relative to root, and their classes: the first folder of
-    a name, or "" if the name has no folder. Names that begin with "." are skipped."""
+    a name, "" if it has none. Files and folders whose names begin with "." are skipped."""
 
     def raise_error(error):  # otherwise os.walk would skip a folder that cannot be read
         raise error
@@ -1184,6 +1279,9 @@ def find_images(root):
     classes = []
     others = 0
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=raise_error):
+        parent = Path(folder).parent
+        if os.path.islink(folder) and parent.resolve().is_relative_to(Path(folder).resolve()):
+            raise OSError(f"{folder} is a link to a folder that it is in: it has no end")
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         below = Path(folder).relative_to(root)
         for file in sorted(name for name in files if not name.startswith(".")):
@@ -1193,26 +1291,48 @@ def find_images(root):
             else:
                 others += 1
     count = len(set(classes) - {""})
-    say(f"{root}: {len(names)} images, {count} class folders, {others} other files")
+    say(f"{root}: {len(names)} images in {count} folders, {others} other files")
     return names, classes
 
 
-def open_images(args):
-    """Images to train on and, if k-NN is possible, {"train": Images, "val": Images} for it."""
+def hash_files(root, names):
+    """A hash of the names, and of the bytes of up to eight of the files: others may have the same
+    names."""
+    digest = hashlib.sha256(os.fsencode("\n".join(names)))
+    for name in names[:: len(names) // 8 + 1]:
+        with suppress(OSError):  # a file that cannot be read
+            digest.update(Path(root, name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def find_training_folder(args):
+    """The folder of the data, and the one in it to train on, which may be the same."""
     root = Path(args.output_dir, "patterns")
     if args.data_path is not None:
         root = Path(args.data_path)
     elif PROCESS == 0 and not root.exists():
-        render_patterns(root)
-    wait_for_all()  # the patterns are there
+        render_patterns(root)  # images of any other source could be written here as well
+    wait_for_all()  # the files are there
     train = root
     if os.path.lexists(root / "train"):
         train = root / "train"
+        folders = {path.name for path in root.iterdir() if path.is_dir()}
+        unused = sorted(folders - {"train", *SPLITS})
+        if unused:
+            say(f"{root}: train/ is what is trained on, not {', '.join(unused)}")
     if not train.is_dir():
         sys.exit(f"there is no folder {train}")
+    return root, train
+
+
+def open_images(args):
+    """The Images to train on, and those of open_knn_images."""
+    root, train = find_training_folder(args)
     names, classes = find_images(train)
     if len(names) < args.batch_size:
-        sys.exit(f"{len(names)} images in {train}: a step takes --batch_size {args.batch_size}")
+        sys.exit(
+            f"{train} has {len(names)} images, fewer than a step: --batch_size {args.batch_size}"
+        )
     known_classes = sorted(set(classes) - {""})
     label_of = {name: label for label, name in enumerate(known_classes)}
     labels = [label_of.get(name, -1) for name in classes]
@@ -1224,21 +1344,36 @@ def open_images(args):
         args.local_crops_number,
     )
     images = Images(train, names, labels, crop, args.seed)
-    images[0]  # raises if no image can be read
+    images[0, 0]  # an error here if no image can be read
+    return images, open_knn_images(args, root, images, label_of)
 
-    # k-NN learns from train/ and is judged on another folder with the same classes.
-    folders = [root / name for name in ("val", "valid", "validation", "test")]
-    found = [folder for folder in folders if folder.is_dir() and not folder.samefile(train)]
-    if args.eval_freq and len(known_classes) > 1 and train != root and found:
-        val = found[0]
-        val_names, val_classes = find_images(val)
-        val_labels = [label_of.get(name, -1) for name in val_classes]
-        if max(val_labels, default=-1) >= 0:
-            center = partial(center_crop, size=args.global_crops_size)
-            bank = Images(train, names, labels, center)
-            return images, {"train": bank, "val": Images(val, val_names, val_labels, center)}
-    say("no k-NN accuracy: it needs --eval_freq, two classes in train/, and some of them in val/")
-    return images, {}
+
+def open_knn_images(args, root, train, label_of):
+    """For k-NN, which learns from "train" and is judged on "val": a dictionary of the two Images.
+    Without these, a line says why, and the dictionary is empty."""
+    folders = [root / name for name in SPLITS]
+    found = [folder for folder in folders if folder.is_dir() and not folder.samefile(train.root)]
+    has_train = Path(train.root) != root
+    if not args.eval_freq:
+        say("no k-NN accuracy: --eval_freq is 0")
+        return {}
+    if len(label_of) < 2:
+        say(f"no k-NN accuracy: {train.root} has fewer than two class folders")
+        return {}
+    if not (found and has_train):
+        say(f"no k-NN accuracy: {root} does not have both train and val")
+        return {}
+    val = found[0]
+    names, classes = find_images(val)
+    labels = [label_of.get(name, -1) for name in classes]
+    if max(labels, default=-1) < 0:
+        say(f"no k-NN accuracy: no image in {val} has a class of {train.root}")
+        return {}
+    center = partial(center_crop, size=args.global_crops_size)
+    return {
+        "train": Images(train.root, train.names, train.labels, center),
+        "val": Images(val, names, labels, center),
+    }
 
 
 # -------------------------------------------------------------------------------- the built-in data
@@ -1247,7 +1382,8 @@ def open_images(args):
 def draw_pattern(kind, rng, size=32):
     """One of ten patterns at random angle, scale, phase, polarity, contrast: a grayscale image.
 
-    Half of its pixels are light and half dark, so that brightness tells nothing of the kind.
+    Each kind is a height at every pixel. Those above the median are light and the others dark, so
+    that half are light, and brightness tells nothing of the kind.
     """
     angle = rng.uniform(0, 2 * np.pi)
     cells = rng.uniform(2.2, 4.2)  # along a side
@@ -1298,7 +1434,8 @@ def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size), the centre of the image.
 
     If the short side is larger than size * 8 / 7, it is resized to that: the usual 256 for a size
-    of 224. If it is smaller than size, it is resized to size.
+    of 224. If it is smaller than size, it is resized to size. In between, it is not resized, where
+    DINO's would be 256.
     """
     height, width = image.shape[1:]
     short = min(height, width)
@@ -1309,15 +1446,21 @@ def center_crop(image, size):
     return TF.center_crop(resized, [size, size])
 
 
-def log_knn_accuracy(run, path, model, knn_images, loader_options):
-    """Print the k-NN accuracy and save it in the last entry of the log, if it is not there yet."""
-    if run["log"] and run["log"][-1]["knn"] is not None:
+def log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options):
+    """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log."""
+    is_between_epochs = not run["figures"]
+    is_known = is_between_epochs and run["log"] and run["log"][-1]["knn"] is not None
+    if not knn_images or is_known:
+        return
+    is_epoch_to_judge = is_between_epochs and run["epoch"] % args.eval_freq == 0
+    if not is_epoch_to_judge and run["step"] < last_step:
         return
     say("k-NN: computing the features of all images", passing=True)
     bank = embed(model, knn_images["train"], loader_options)
     accuracy = knn_accuracy(bank, embed(model, knn_images["val"], loader_options))
-    say(f"k-NN accuracy after epoch {run['epoch']}: {accuracy:.1f} %")
-    if run["log"]:
+    when = f"epoch {run['epoch']}" if is_between_epochs else f"step {run['step']}"
+    say(f"k-NN accuracy after {when}: {accuracy:.1f} %")
+    if run["log"] and is_between_epochs:
         run["log"][-1]["knn"] = accuracy
         save(path, run, model)
 
@@ -1327,23 +1470,27 @@ def embed(model, images, loader_options):
     """On all processes: unit features (n, D) of the teacher's backbone and labels (n,), of the
     images that have a label and can be read."""
     n = len(images)
-    # The processes take equally many images, as gather_rows needs: some images are taken twice.
+    # gather_rows needs equally many images of each process. So some may be taken twice.
     per_process = math.ceil(n / WORLD)
-    chosen = [i % n for i in range(PROCESS * per_process, (PROCESS + 1) * per_process)]
+    items = [(0, i % n) for i in range(PROCESS * per_process, (PROCESS + 1) * per_process)]
     own_features = []
     own_labels = []
-    for x, y in DataLoader(images, batch_size=256, sampler=chosen, **loader_options):
+    for x, y in DataLoader(images, batch_size=256, sampler=items, **loader_options):
         with model.autocast:
-            features = model.teacher.backbone(normalize(x.to(model.device) / 255))
+            features = model.teacher.backbone(normalize_colors(x.to(model.device) / 255))
         own_features.append(F.normalize(features.float(), dim=-1))
         own_labels.append(y.to(model.device))
     features = gather_rows(torch.cat(own_features))[:n]
     labels = gather_rows(torch.cat(own_labels))[:n]
     is_labelled = labels >= 0
-    if not is_labelled.all():
-        left_out = n - int(is_labelled.sum())
+    left_out = n - int(is_labelled.sum())
+    if left_out:
         text = f"k-NN leaves out {left_out} of {n} images in {images.root}"
         say(f"{text}: they cannot be read, or have no class of train/")
+    if left_out == n:
+        sys.exit(f"no image is left in {images.root}")
+    if not features.isfinite().all():
+        sys.exit("the features are not finite: see the weights, or --amp")
     return features[is_labelled], labels[is_labelled]
 
 
@@ -1364,27 +1511,24 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
 
 @torch.no_grad()
 def effective_rank(rows):
-    """How many directions the rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ, which
-    are divided by their sum before.
+    """How many directions the rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ, scaled
+    to the sum 1.
 
-    The rank is 1 when all rows are parallel, and at most min(n, d). In the built-in run of
-    simdino.py, the rows are 2 views of 64 images. Their rank falls to 1.1 in the first epoch, the
-    warm-up, and then rises to 66. So judge a run after its second epoch: a rank below 2 that does
-    not rise is a collapse.
+    The rank is 1 when all rows are parallel, and at most min(n, d). How it develops in a healthy
+    run is told at the top of simdino.py.
     """
     # The CPU waits for the GPU here. The eigenvalues of a small matrix are found faster on the CPU.
-    gram = (rows.mT @ rows).nan_to_num().double().cpu()
-    eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
+    eigenvalues = torch.linalg.eigvalsh((rows.mT @ rows).double().cpu()).clamp(min=0)
     p = eigenvalues / eigenvalues.sum()
-    return torch.exp(-(p * p.log()).sum()).item()
+    return torch.special.entr(p).sum().exp().item()  # entr: -p log p, and 0 for 0
 
 
 # -------------------------------------------------------------------------- weights and checkpoints
 
 
 def load_pretrained(path, model):
-    """Start student and teacher from the weights in a file, named as here or in DINO. Positions of
-    another grid are interpolated. A head is taken if it has the shapes of this one."""
+    """Start student and teacher from the weights in a file, with our names or those of DINO.
+    Positions of another grid are interpolated. A head is taken if it has the shapes of this one."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     backbone = {}
     head = {}
@@ -1416,12 +1560,12 @@ def load_pretrained(path, model):
 
 
 def save(path, run, model):
-    """Write run and model to path, which is never half written, and the log beside it."""
+    """Write run and model to path, which is never half written. Write log.txt beside it."""
     if PROCESS == 0:
         partial_path = path.with_suffix(f".partial{os.getpid()}")  # two runs may share a folder
         try:
             states = {name: part.state_dict() for name, part in model.saved.items()}
-            # Of a full disk, torch.save would raise a RuntimeError that does not say so.
+            # On a full disk, torch.save raises an error that does not say so; write() says it.
             content = io.BytesIO()
             torch.save(run | states, content)
             with partial_path.open("wb") as file:
@@ -1437,20 +1581,21 @@ def save(path, run, model):
 
 
 def restore(path, run, model):
-    """Load the checkpoint at path into run and model, if it is of this run."""
+    """Load the checkpoint at path into run and model. SystemExit if it is of another run."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     old = state["args"] | {"images_hash": state["images_hash"]}
     new = run["args"] | {"images_hash": run["images_hash"]}
-    changed = [
-        name for name in new if name not in MAY_CHANGE_ON_RESUME and old.get(name) != new[name]
-    ]
-    if changed and not run["args"]["resume_anyway"]:
-        text = "; ".join(f"{name} {old.get(name)}, not {new[name]}" for name in changed)
+    changes = []
+    for name in new:
+        if name not in MAY_CHANGE_ON_RESUME and old.get(name) != new[name]:
+            changes.append(f"{name} {old.get(name)}, not {new[name]}")
+    if changes and not run["args"]["resume_anyway"]:
+        text = "; ".join(changes)
         sys.exit(f"{path} is of another run ({text}): give another --output_dir or --resume_anyway")
     for name, part in model.saved.items():
         if state[name]:  # the scaler's is empty if the run was without fp16
             part.load_state_dict(state[name])
-    for name in ("epoch", "metrics", "log"):
+    for name in ("epoch", "figures", "log"):
         run[name] = state[name]
     say(f"resumed {path}, saved at step {state['step']}")
 

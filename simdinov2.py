@@ -1,31 +1,55 @@
 # SPDX-License-Identifier: MIT
-"""SimDINOv2: DINOv2 without prototypes, Sinkhorn, KoLeo or temperatures, in one file.
+"""SimDINOv2: DINOv2 without prototypes, centering, KoLeo or temperatures, in one file.
 
     torchrun simdinov2.py                                             # the built-in data
     torchrun --nproc_per_node=W simdinov2.py --data_path /imagenet --output_dir runs/vitb16_v2
     torchrun simdinov2.py --data_path FOLDER --output_dir runs/mine   # any folder of images
 
-Read simdino.py first: what both do stands in both in the same words. As DINOv2 to DINO, this adds a
-second task. In half of the global crops, rectangles of patches are hidden from the student. Its
-output there, p_s, is pulled to p_t, the teacher's output for the same patch of the whole crop:
+On one device, python does the same as torchrun.
 
-    loss = mean ½‖z_s - z_t‖² - γ R(Z)        CLS tokens as in SimDINO, also of crops with gaps
-         + mean ½‖p_s - p_t‖²                 over the hidden patches of a crop; 0 where none is
+Read simdino.py first: the diff of the two files is what this one adds. DINOv2 adds a second task to
+DINO, the masked patches of iBOT. In half of the global crops of a micro-batch, 10 to 50 % of the
+patches are masked for the student: a learned token takes the place of their embeddings. For these
+patches, the student's head gives unit vectors p_s. They are pulled to p_t, the teacher's for the
+same patches, which it sees:
 
-No coding rate keeps patches apart. Two things work against their collapse: they share the head with
-the CLS tokens, whose rate is kept high, and attention makes the CLS tokens from them. Registers are
-tokens where the model can keep notes; without them it writes notes over patches of the background.
-LayerScale starts every branch small. The learning rate falls from block to block towards the
-input. The recipe takes 1,024 images a step, in groups and micro-batches of 128:
+    loss = mean ½‖z_s - z_t‖² - γ R(Z)        z_s and z_t: of two different views of an image
+         + mean ½‖p_s - p_t‖²                 mean over the masked patches of a global crop (0 if it
+                                              has none), then over all global crops
+CLS tokens and patches share the head. No coding rate is taken of patches; that of the CLS tokens,
+which attention computes from them, seems to be enough.
 
-    batch_size = rounds x processes x batch_size_per_gpu
+What differs from DINOv2's default configuration, whose values are in brackets:
 
-The first command draws ten kinds of patterns and trains on them, in four minutes on two CPU cores.
-k-NN accuracy rises from 19 % to 68.0, 69.1 and 70.0 % (seeds 0 to 2).
+    registers            4 (0)        tokens without a place in the image. Without them, large ViTs
+                                      store what they know of the whole image in the tokens of
+                                      plain background patches
+    LayerScale           0.1 (1e-5)   factors of each branch, at the start
+    stochastic depth     0.2 (0.3)    share of the samples for which a branch is not computed
+    teacher's momentum   0.9 (0.992)  at the start
+    local crops          10 (8)       and as DINO's: shares of the area 0.4 to 1 and 0.05 to 0.4
+                                      (0.32 to 1 and 0.05 to 0.32)
+
+A step of the published run, with --group_size 128:
+
+    --batch_size = rounds x processes x --batch_size_per_gpu        1024 = 1 x 8 x 128
+
+The first command draws ten kinds of patterns and trains on them, in three minutes on two CPU cores,
+with LayerScale 1, no stochastic depth and one learning rate. k-NN accuracy rises from 19 % to @KNN@
+% (seeds 0 to 2). The log shows for seed 0, and for a collapse:
+
+            step 10   step 400   collapse
+    loss    @L@    -1.563    -comp - expa - patch: the loss above minus 1.5
+    comp    @C@     1        mean cosine of z_s and z_t
+    expa    @E@     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
+    patch   @P@     0.5      mean cosine of p_s and p_t; at most 0.5, as half of the crops
+                                           have no mask and add 0
+    rank    @R@     1        directions in use by 64 images x 2 views
 
 Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
-helpers of the run. The result of a run is the teacher in checkpoint.pth: eval_linear.py reads it.
+helpers of the run. The result is the teacher: torch.load(".../checkpoint.pth")["teacher"] has its
+weights, backbone.* and head.*; eval_linear.py judges and exports them.
 Paper: "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, arXiv 2502.10385.
 "Official" below is the authors' code, github.com/RobinWu218/SimDINO.
 """
@@ -33,6 +57,7 @@ Paper: "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, 
 import argparse
 import atexit
 import copy
+import errno
 import hashlib
 import io
 import json
@@ -48,7 +73,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +106,15 @@ def coding_rate(z, eps_sq):
     R is roughly the logarithm of how many balls of radius ε fit in the volume that the rows span.
     With λ the eigenvalues of ZᵀZ, R = ½ Σ log(1 + d λ / (n ε²)). For rows of length 1, Σ λ = n, and
     R has bounds. It is smallest, ½ log(1 + d / ε²), when all rows are parallel: then one λ is n and
-    the others are 0. It is largest when all min(n, d) λ that can be positive are equal: then R is
-    (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²). For n = 64 and d = 256:
+    the others are 0. It is largest when the rows use all directions alike, min(n, d) equal λ: then
+    R is (n/2) log(1 + d / (n ε²)) for n <= d, else (d/2) log(1 + 1 / ε²). For n = 64 and d = 256:
 
         ε²      smallest    largest
         0.05       4.3       140.6
         0.4        3.2        76.7      as in the published models
         2          2.4        35.2
+
+    In float32, near a collapse, R is off by up to 0.001 for ε² = 0.05, and 0.3 for ε² = 0.0001.
     """
     # Autocast would form ZᵀZ in half precision. Near a collapse, rounding can then move an
     # eigenvalue below -n ε² / d, and the logarithm is NaN. A small ε² makes this more likely.
@@ -105,15 +132,15 @@ class SimDINOLoss(torch.nn.Module):
     """loss = -coeff comp - γ R. If coeff is 1, this is mean ½‖z_s - z_t‖² - 1 - γ R.
 
     comp (official name, from "compression") is the mean cosine of z_s and z_t, 1 - ½‖z_s - z_t‖²,
-    over all pairs of a teacher's and a student's view. A crop is not paired with itself, as such a
-    pair teaches no invariance. expa (from "expansion") is γ R.
+    over all pairs of a teacher's and a student's view of an image. A view is not paired with itself,
+    as such a pair teaches no invariance. expa (from "expansion") is γ R.
 
     eps_sq: ε². group_size: n, the images whose rows make one Z. R is the mean over these groups and
     over the teacher's views. None, or more than all images: one group. The published models had
     ε² = 0.4 and groups of 64 (SimDINOv2: 128). The official code sums ZᵀZ over one GPU but divides
     by the rows of all 8, so its 0.05 is 8 x 0.05 = 0.4 here.
-    gamma: γ. None: default_gamma of the images of this call, on all processes. If a step has
-    several rounds, give the default_gamma of the images of the step.
+    gamma: γ. None: default_gamma of the images of one call, on all processes. A step of several
+    rounds is several calls: give the default_gamma of all its images.
     expa_type: a row of Z is z_s (0), or (z_s + z_t) / 2 (1, the official default). The latter is
     shorter than 1 where z_s and z_t differ.
     """
@@ -136,12 +163,12 @@ class SimDINOLoss(torch.nn.Module):
         """Returns the loss, and a dictionary of comp and expa without gradient.
 
         student: V views of B images, (V, B, d). teacher: the first G of these views, (G, B, d).
-        Rows are scaled to length 1, as ProjectionHead's already are: longer rows would raise R
-        without being more diverse. Groups of n = group_size images are formed like this:
-            n divides B                         from the images of each process
-            else, n divides those of all        from the images of all processes, which are gathered
-            else, n < B                         as in the first case; the last images are left out
-            else                                ValueError
+        Rows are scaled to length 1 (ProjectionHead's have it): longer rows would raise R without
+        being more diverse. Groups of n = group_size images are formed of
+            the images of each process              if n divides B
+            those of all processes, gathered        else, if n divides their number
+            the images of each process, but for     else, if n < B; if not, ValueError
+                the last B % n, which R leaves out
         Not checked: that B is the same on all processes.
         """
         dtype = torch.promote_types(student.dtype, torch.float32)
@@ -152,23 +179,23 @@ class SimDINOLoss(torch.nn.Module):
         total = B * self.processes()
         if V < 2 or G > V:
             raise ValueError(f"{G} views of the teacher and {V} of the student make no pairs")
-        if 1 < total < G:  # with images in place of views, the features would collapse
+        if 1 < total < G:  # probably (images, views, d): the features would collapse
             raise ValueError(f"{G} views of {total} images: the order is (views, images, d)")
 
         # comp is a mean over images, so the mean of comp over processes is that of all images.
         cosine = (teacher[:, None] * student).sum(-1).mean(-1)  # (G, V)
-        same_crop = cosine.diagonal()
-        comp = (cosine.sum() - same_crop.sum()) / (G * (V - 1))
+        same_view = cosine.diagonal()
+        comp = (cosine.sum() - same_view.sum()) / (G * (V - 1))
 
         z = student[:G]  # (G, B, d)
         if self.expa_type == 1:
             z = (z + teacher) / 2
         n = total if self.group_size is None else min(self.group_size, total)
-        spans_processes = B % n != 0 and total % n == 0
-        if spans_processes:
-            z = self.gather(z)  # (G, total, d)
-        elif n > B:
-            raise ValueError(f"group_size {n} does not divide the {total} images")
+        if B % n != 0:
+            if total % n == 0:
+                z = self.gather(z)  # (G, total, d)
+            elif n > B:
+                raise ValueError(f"group_size {n} does not divide the {total} images")
         groups = z.shape[1] // n
         z = z[:, : groups * n].unflatten(1, (groups, n))  # (G, groups, n, d)
         gamma = self.default_gamma(d, total) if self.gamma is None else self.gamma
@@ -197,9 +224,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # This has the value of z, as z - own is 0, and `world` times its gradient. For DDP divides
-        # the sum of the gradients of all processes by world, but only this process has a gradient
-        # through these rows.
+        # DDP will divide the sum of all processes' gradients by world. Through these rows, only this
+        # process has a gradient. So it is made `world` times as large; the value is that of z.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -208,16 +234,13 @@ def masked_patch_loss(student, teacher, masks):
     """Minus the mean cosine over a crop's masked patches, averaged over all 2 B crops.
 
     A crop without masked patches adds 0: if half of the crops have a mask, -0.5 is the best.
-    student, teacher (M, d): rows of the M masked patches, in the order of masks, bool (2 B, N).
+    student, teacher (M, d): unit rows of the M masked patches, in the order of masks, bool (2 B, N).
     """
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    student = torch.nn.functional.normalize(student.to(dtype), dim=-1)
-    teacher = torch.nn.functional.normalize(teacher.detach().to(dtype), dim=-1)
-    cosine = (student * teacher).sum(-1)  # (M,)
+    cosine = (student * teacher.detach()).sum(-1)  # (M,)
     masked = masks.sum(-1)  # patches of each crop
-    weight = 1 / masked.clamp(min=1).to(dtype)
+    weight = 1 / masked.clamp(min=1)
     # With output_size given, the CPU need not wait for the GPU to count the patches.
-    weight = weight.repeat_interleave(masked, output_size=len(student))  # (M,)
+    weight = weight.repeat_interleave(masked, output_size=len(student))  # (M,), that of their crop
     return -(cosine * weight).sum() / len(masks)
 
 
@@ -254,15 +277,26 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """x times scale, times a learned factor for each channel. Small factors start a deep ViT close
-    to the identity."""
+    """x times a learned factor for each channel. Small factors start a deep ViT close to the
+    identity."""
 
     def __init__(self, dim, value):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
-    def forward(self, x, scale=1.0):
-        return x * (scale * self.gamma).to(x.dtype)
+    def forward(self, x):
+        return x * self.gamma.to(x.dtype)
+
+
+def add_branch(x, branch, kept):
+    """x + branch(x), computed for the samples whose numbers are in kept (K,). None: for all."""
+    if kept is None:
+        return x + branch(x)
+    scale = x.shape[0] / kept.shape[0]  # so that the mean of a branch stays the same
+    samples = x[kept]
+    x = x.clone()
+    x[kept] = samples + scale * branch(samples)
+    return x
 
 
 class Block(nn.Module):
@@ -277,29 +311,19 @@ class Block(nn.Module):
         )
         self.ls2 = LayerScale(dim, layerscale)
 
-    def forward(self, x, keep=None):
-        """keep: (2, K), which K samples pass through each of the two branches (see
-        stochastic_depth). None: all do."""
-        if keep is None:
-            x = x + self.ls1(self.attn(self.norm1(x)))
-            return x + self.ls2(self.mlp(self.norm2(x)))
-        first, second = keep
-        scale = len(x) / len(first)  # so that the mean of a branch stays the same
-        branch = self.ls1(self.attn(self.norm1(x[first])), scale).to(x.dtype)
-        # This adds the branch. index_add does the same, but keeps branch for the backward pass.
-        x = x.index_put((first,), branch, accumulate=True)
-        branch = self.ls2(self.mlp(self.norm2(x[second])), scale).to(x.dtype)
-        return x.index_put_((second,), branch, accumulate=True)  # no backward pass reads x
+    def forward(self, x, keep=(None, None)):
+        """keep: for each branch, an argument of add_branch (see stochastic_depth)."""
+        x = add_branch(x, lambda x: self.ls1(self.attn(self.norm1(x))), keep[0])
+        return add_branch(x, lambda x: self.ls2(self.mlp(self.norm2(x))), keep[1])
 
 
 class VisionTransformer(nn.Module):
-    """ViT whose parameters are named as in DINOv2, so that weights travel both ways.
+    """ViT with the parameter names of DINOv2, so that weights can be exchanged.
 
-    forward: images (B, 3, H, W), H and W multiples of patch_size -> CLS features (B, D); a list of
-    such batches, of several sizes -> their CLS features concatenated in that order. ValueError for
-    other sizes. drop_path_rate: the share of a batch that skips a branch (stochastic depth).
-    grad_checkpointing = True: the backward pass computes the activations of a block again, so that
-    they need not be kept.
+    forward: images (B, 3, H, W), H and W multiples of patch_size -> CLS features (B, D).
+    ValueError for other sizes. drop_path_rate: the rate of stochastic depth in each block.
+    grad_checkpointing: the backward pass computes the activations of a block again, so that they
+    need not be kept.
     """
 
     def __init__(
@@ -310,6 +334,7 @@ class VisionTransformer(nn.Module):
         depth=12,
         num_heads=6,
         drop_path_rate=0.0,
+        grad_checkpointing=False,
         num_register_tokens=4,
         layerscale=0.1,
     ):
@@ -318,9 +343,9 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         self.patch_size = patch_size
         self.side = img_size // patch_size
+        self.num_features = embed_dim
         self.drop_path_rate = drop_path_rate
-        self.num_register_tokens = num_register_tokens
-        self.grad_checkpointing = False
+        self.grad_checkpointing = grad_checkpointing
         proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -340,11 +365,13 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         cls, grid = self.pos_embed.split([1, self.side**2], dim=1)
         grid = grid.unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        # As DINOv2's models with registers do
         grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)
         return torch.cat([cls, grid.flatten(2).mT], dim=1)
 
     def prepare_tokens(self, x, masks=None):
-        """(B, 3, H, W) -> (B, T, D): CLS and patches with positions, registers between without."""
+        """(B, 3, H, W) -> (B, 1 + R + N, D): CLS token, registers, patch tokens. Registers have no
+        position embedding."""
         h, w = x.shape[-2:]
         if h % self.patch_size or w % self.patch_size:
             raise ValueError(f"{h} x {w} pixels: not multiples of patch size {self.patch_size}")
@@ -357,14 +384,15 @@ class VisionTransformer(nn.Module):
         return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
 
     def stochastic_depth(self, x):
-        """The argument keep of each block. In training, a share of drop_path_rate of the samples of
-        x, drawn anew for each branch, skips the branch. Skipped samples are not computed, which
-        saves work. Their number is fixed, and so are all shapes."""
+        """The argument keep of each block, drawn for the samples of x. In training, each branch
+        is computed for a share of 1 - drop_path_rate of them. Their number is fixed, so that compiled
+        code need not be compiled again."""
         depth = len(self.blocks)
         if not (self.training and self.drop_path_rate):
-            return [None] * depth
+            return [(None, None)] * depth
         kept = max(1, int(x.shape[0] * (1 - self.drop_path_rate)))
-        return torch.rand(depth, 2, x.shape[0], device=x.device).argsort(-1)[..., :kept]
+        order = torch.rand(depth, 2, x.shape[0], device=x.device).argsort(-1)
+        return order[..., :kept]  # (depth, 2, kept)
 
     def forward_features(self, x, masks=None):
         """Normed tokens by kind: x_norm_clstoken (B, D), x_norm_regtokens, x_norm_patchtokens.
@@ -377,7 +405,8 @@ class VisionTransformer(nn.Module):
                 x = checkpoint(block, x, keep, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, keep)
-        cls, registers, patches = self.norm(x).tensor_split([1, 1 + self.num_register_tokens], 1)
+        first_patch = 1 + self.register_tokens.shape[1]
+        cls, registers, patches = self.norm(x).tensor_split([1, first_patch], dim=1)
         return {
             "x_norm_clstoken": cls[:, 0],
             "x_norm_regtokens": registers,
@@ -385,12 +414,6 @@ class VisionTransformer(nn.Module):
         }
 
     def forward(self, x):
-        if isinstance(x, (list, tuple)):
-            features = []
-            # Views of equal size that follow each other go through together.
-            for _, views in groupby(x, key=lambda view: view.shape[-2:]):
-                features.append(self(torch.cat(list(views))))
-            return torch.cat(features)
         return self.forward_features(x)["x_norm_clstoken"]
 
 
@@ -418,23 +441,29 @@ class ProjectionHead(nn.Module):
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 
 
-class Network(nn.Sequential):
+class Network(nn.Module):
     """A backbone, and the head that its CLS and patch tokens share."""
 
-    def forward(self, views, index, masks=None):
-        """Unit rows: of all CLS tokens (V, B, d), and of the patches at index (M, d).
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
 
-        views: batches, two global ones first. masks: bool (2 B, N), True where patches are hidden.
-        index: (M,), where masks are True among the 2 B N patches. It is given, as the CPU would
-        have to wait for a GPU that counts M. The teacher gets no masks: it sees the whole crops.
+    def forward(self, views, index, masks=None):
+        """Unit rows (V, B, d) of V views: batches (B, 3, H, W), two global ones first; and unit rows
+        (M, d) of patches of the global views.
+
+        index (M,): which patches, of all 2 B N in one row. masks: bool (2 B, N), where patches are
+        replaced by the mask token. The teacher gets index, but no masks.
         """
         tokens = self.backbone.forward_features(torch.cat(views[:2]), masks)
-        cls = tokens["x_norm_clstoken"]
+        features = tokens["x_norm_clstoken"]
+        if len(views) > 2:  # there are local views
+            features = torch.cat([features, self.backbone(torch.cat(views[2:]))])
         patches = tokens["x_norm_patchtokens"].flatten(0, 1)[index]
-        if len(views) > 2:
-            cls = torch.cat([cls, self.backbone(views[2:])])
-        rows = self.head(torch.cat([cls, patches]))
-        return rows[: len(cls)].unflatten(0, (len(views), -1)), rows[len(cls) :]
+        rows = self.head(torch.cat([features, patches]))
+        z, p = rows.split([len(features), len(patches)])
+        return z.unflatten(0, (len(views), -1)), p
 
 
 # ---------------------------------------------------------------------- the views, and augmentation
@@ -466,33 +495,35 @@ class MultiCrop:
 
 
 def block_masks(crops, side, probability, ratios, seed):
-    """Bool (crops, side * side): patches to hide, in rectangles, as iBOT and DINOv2 draw them.
+    """Bool (crops, side * side): which patches are masked, in rectangles, as DINOv2 draws them.
 
-    int(crops * probability) crops, any of them, get a mask. The shares to hide are spread evenly
-    over ratios, (lowest, highest). Rectangles of about 4 patches or more, aspect 0.3 to 1 / 0.3,
-    hide what is left until 10 tries in a row hide nothing new or too much. seed: of numpy's draws.
+    int(crops * probability) random crops get a mask. ratios: the lowest and the highest share of
+    the patches to mask. This range is cut into equal parts, one for each mask, in which its share
+    is drawn. Rectangles of about 4 patches or more, aspect 0.3 to 1 / 0.3, are added until the share
+    is reached, or 10 in a row mask nothing new or too much. seed: of numpy's default_rng.
     """
     rng = np.random.default_rng(seed)
     masks = np.zeros((crops, side, side), dtype=bool)
     bounds = np.linspace(*ratios, int(crops * probability) + 1)
-    for mask, low, high in zip(masks, bounds, bounds[1:]):
-        left = int(side**2 * rng.uniform(low, high))  # patches that are still to be hidden
-        failures = 0
-        while left > 0 and failures < 10:
-            share, stretch, down, right = rng.random(4)
-            area = 4 + (min(left, side**2 // 2) - 4) * share
-            aspect = 0.3 ** (2 * stretch - 1)
+    for mask, low, high in zip(masks, bounds, bounds[1:]):  # the other crops get no mask
+        left = int(side**2 * rng.uniform(low, high))  # how many patches are still to be masked
+        tries = 10
+        while left > 0 and tries > 0:
+            tries -= 1
+            area = 4 + (min(left, side**2 // 2) - 4) * rng.random()
+            aspect = 0.3 ** rng.uniform(-1, 1)
             h = round(math.sqrt(area * aspect))
             w = round(math.sqrt(area / aspect))
-            y = int(down * (side - h + 1))
-            x = int(right * (side - w + 1))
-            patches = mask[y : y + h, x : x + w]
-            new = h * w - patches.sum()
-            failures += 1
-            if max(h, w) < side and 0 < new <= left:
-                patches[:] = True
+            if max(h, w) >= side:
+                continue
+            y = rng.integers(side - h + 1)
+            x = rng.integers(side - w + 1)
+            rectangle = mask[y : y + h, x : x + w]
+            new = rectangle.size - rectangle.sum()
+            if 0 < new <= left:
+                rectangle[:] = True
                 left -= new
-                failures = 0
+                tries = 10
     return torch.from_numpy(rng.permutation(masks)).flatten(1)
 
 
@@ -511,8 +542,9 @@ def augment(views):
 def photometric(x, blur, solarize=0.0):
     """DINO's augmentation of uint8 x (B, 3, h, w): flip, jitter, grayscale, blur, solarisation.
 
-    Each is drawn for each image; only the order of jitter is drawn for the batch. blur, solarize:
-    the probabilities that differ by view. All operations equal torchvision's.
+    Each operation is drawn for each image by itself; only the order of the four operations of
+    jitter is one for the batch. blur, solarize: the probabilities that differ by view. The
+    operations are torchvision's, up to rounding. h and w must be above 6, for the blur.
     """
     x = torch.where(uniform(x) < 0.5, x.flip(-1), x)
     x = x / 255
@@ -521,7 +553,7 @@ def photometric(x, blur, solarize=0.0):
     x = torch.where(uniform(x) < blur, gaussian_blur(x, sigma=uniform(x, 0.1, 2.0)), x)
     if solarize:
         x = torch.where((uniform(x) < solarize) & (x >= 128 / 255), 1 - x, x)
-    return normalize(x)
+    return normalize_colors(x)
 
 
 def uniform(x, low=0.0, high=1.0):
@@ -561,9 +593,8 @@ def adjust_hue(x, shift):
     hue_chroma = torch.where(value == g, b - r + 2 * chroma, hue_chroma)
     hue_chroma = torch.where(value == r, g - b, hue_chroma)
     hue = hue_chroma / chroma.clamp(min=1e-8) + 6 * shift
-    # Back to RGB: V - C clamp(min(k, 4 - k), 0, 1), k = (hue + 5, 3, 1 for R, G, B) mod 6
-    offset = 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)
-    k = (hue + offset) % 6  # (B, 3, H, W)
+    # Back to RGB. This is the usual formula of all three channels at once.
+    k = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6  # (B, 3, H, W)
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -584,7 +615,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
 
 
-def normalize(x):
+def normalize_colors(x):
     """(B, 3, H, W) in [0, 1] -> mean 0 and variance 1 over ImageNet."""
     # non_blocking: the CPU does not wait for the GPU
     mean = torch.tensor(MEAN).view(3, 1, 1).to(x.device, non_blocking=True)
@@ -595,28 +626,64 @@ def normalize(x):
 # ---------------------------------------------------------------------------------- a training step
 
 
+# What a step returns for the log: names on the terminal, and in log.txt
+FIGURES = {
+    "loss": "train_loss",
+    "comp": "train_comp_loss",
+    "expa": "train_expa_loss",
+    "patch": "train_patch_cosine",
+}
+
+
 class SimDINO:
     """Student, teacher and optimizer, and the step that trains them.
 
-    student: a Network; its backbone gives tokens by forward_features, and maps a batch of images,
-    or a list of batches, to one feature (D,) per image in that order; it has no buffers.
-    groups: those of parameter_groups. patch_weight: of the masked patches' loss. rounds:
-    micro-batches that this process takes in a step.
+    backbone: maps images (B, 3, H, W) of two sizes to features (B, D), as VisionTransformer does,
+    and gives tokens by forward_features; it has no buffers. head: maps features to unit rows.
+    rounds: micro-batches that this process takes in a step. patch_weight: of the masked patches'
+    term. layerwise_decay, patch_embed_lr_mult: see parameter_groups.
+
+    R prevents collapse, unless the learning rate is too high. In this example, 1e-3 without a
+    warm-up is too high. A teacher is still used. As the mean of many past students it is a steadier target
+    than the student itself, and its features are better than the student's (DINO).
+
+        images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
+        make_views = MultiCrop(32, 16, local_crops=6)
+        backbone = VisionTransformer(32, 8, **ARCHS["vit_nano"], layerscale=1.0)
+        model = SimDINO(backbone, ProjectionHead(96, 512), SimDINOLoss())
+        for step in range(100):
+            views = default_collate([make_views(image) for image in images])
+            masks = block_masks(128, 4, 0.5, (0.1, 0.5), step)  # of 2 x 64 crops, 4 x 4 patches
+            index = masks.flatten().nonzero().flatten()
+            micro_batches = [(step, views, masks, index)]  # step: the seed of what is drawn
+            means, rows = model.step(micro_batches, lr=1e-4, weight_decay=0.04, momentum=0.9)
+            print(step, means.tolist(), effective_rank(rows))  # FIGURES; rank
     """
 
     def __init__(
-        self, student, groups, loss_fn, patch_weight, clip_grad=3.0, rounds=1, dtype=torch.float32
+        self,
+        backbone,
+        head,
+        loss_fn,
+        clip_grad=3.0,
+        rounds=1,
+        dtype=torch.float32,
+        patch_weight=1.0,
+        layerwise_decay=0.9,
+        patch_embed_lr_mult=0.2,
     ):
-        self.student = student
+        self.student = Network(backbone, head)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.model = self.student  # or, around it, DistributedDataParallel
+        self.model = self.student  # build() may put DistributedDataParallel around it
         self.loss_fn = loss_fn
-        self.patch_weight = patch_weight
         self.clip_grad = clip_grad
         self.rounds = rounds
         self.dtype = dtype
+        self.patch_weight = patch_weight
         self.params = list(self.student.parameters())
         self.device = self.params[0].device
+        groups = parameter_groups(self.student, layerwise_decay, patch_embed_lr_mult)
+        # Kept outside, as a loaded optimizer would bring back those of the checkpoint
         self.lr_scales = [group.pop("lr_scale") for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
@@ -629,13 +696,16 @@ class SimDINO:
         }
 
     def step(self, micro_batches, lr, weight_decay, momentum):
-        """One step over this process's micro-batches, (seed, views, masks, index) each.
+        """One step over this process's micro-batches, as many as rounds: the whole method.
 
-        The gradient is the mean over the micro-batches of all processes. Returns what the log
-        shows: this process's mean loss, comp, expa and patch loss, (4,), and of its last
-        micro-batch (z_s + z_t) / 2 of both global views, (2 B, d).
+        A micro-batch is (seed, views, masks, index): the views as MultiCrop gives them, each a batch;
+        masks of block_masks; index (M,), the places of True in masks.flatten(), found before, as
+        the CPU would have to wait for a GPU that finds them.
+        The gradient is the mean over the micro-batches of all processes. Returns for the log: a
+        tensor of the FIGURES, means over the micro-batches of this process; and of the last
+        micro-batch, (z_s + z_t) / 2 of both global views, (2 B, d).
         """
-        metrics = []
+        figures = []
         self.optimizer.zero_grad()
         for number, (seed, views, masks, index) in enumerate(micro_batches, start=1):
             torch.manual_seed(seed)  # for augmentation and stochastic depth
@@ -643,17 +713,19 @@ class SimDINO:
             masks = masks.to(self.device, non_blocking=True)
             index = index.to(self.device, non_blocking=True)
             is_last = number == self.rounds
-            self.model.require_backward_grad_sync = is_last  # for DDP: average once a step
+            self.model.require_backward_grad_sync = (
+                is_last  # DDP averages once a step; see its no_sync()
+            )
             with self.autocast:
                 with torch.no_grad():
                     z_t, p_t = self.teacher(views[:2], index)  # (2, B, d), (M, d)
                 z_s, p_s = self.model(views, index, masks)  # (V, B, d), (M, d)
             loss, stats = self.loss_fn(z_s, z_t)
-            patch = masked_patch_loss(p_s, p_t, masks)
-            loss = loss + self.patch_weight * patch
+            patch_loss = masked_patch_loss(p_s, p_t, masks)
+            loss = loss + self.patch_weight * patch_loss
+            stats["patch"] = -patch_loss.detach()  # the mean cosine
             self.scaler.scale(loss / self.rounds).backward()
-            parts = [loss.detach(), stats["comp"], stats["expa"], patch.detach()]
-            metrics.append(torch.stack(parts))
+            figures.append(torch.stack([loss.detach(), *stats.values()]))  # in their order
 
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad:  # backbone and head, each as a whole, as DINOv2 does
@@ -666,38 +738,39 @@ class SimDINO:
         self.scaler.update()
         with torch.no_grad():  # the teacher: exponential moving average of the student
             torch._foreach_lerp_(list(self.teacher.parameters()), self.params, 1 - momentum)
-        rows = (z_s[:2].detach() + z_t) / 2
-        return torch.stack(metrics).mean(0), rows.flatten(0, 1)
+        rows = (z_s[:2].detach() + z_t).flatten(0, 1) / 2
+        return torch.stack(figures).mean(0), rows
 
     def is_finite(self):
         """Whether all weights and AdamW's moments are finite. The CPU waits for the GPU here."""
-        tensors = list(self.params)
+        tensors = [*self.params, *self.teacher.parameters()]
         for state in self.optimizer.state.values():
             tensors += state.values()
         return torch.stack(torch._foreach_norm(tensors)).isfinite().all().item()
 
 
 def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
-    """AdamW's groups. decay_scale: 0 for biases, norms and LayerScale, which have one dimension.
-    lr_scale: layerwise_decay for each layer below the last norm and the head. Embeddings and tokens
-    are the lowest layer, below the blocks."""
+    """AdamW's groups of parameters. decay_scale: 0 for biases, norms and LayerScale, which have one
+    dimension. lr_scale: 1 for the head and the last norm, layerwise_decay for the last block, its
+    square for the block before, and so on down to embeddings and tokens; for the patch embedding
+    also times patch_embed_lr_mult."""
     depth = len(student.backbone.blocks)
     groups = {}
     for name, p in student.named_parameters():
         block = re.match(r"backbone\.blocks\.(\d+)", name)
-        if block:
-            layer = int(block[1]) + 1
-        elif name.startswith(("backbone.norm.", "head.")):
-            layer = depth + 1
+        if name.startswith(("backbone.norm.", "head.")):
+            distance = 0
+        elif block:
+            distance = depth - int(block[1])
         else:
-            layer = 0
+            distance = depth + 1
+        lr_scale = layerwise_decay**distance
         is_patch_embed = name.startswith("backbone.patch_embed.")
-        lr_scale = layerwise_decay ** (depth + 1 - layer)
         if is_patch_embed:
             lr_scale *= patch_embed_lr_mult
         decay_scale = float(p.ndim > 1)
         group = {"params": [], "decay_scale": decay_scale, "lr_scale": lr_scale}
-        groups.setdefault((layer, is_patch_embed, decay_scale), group)["params"].append(p)
+        groups.setdefault((distance, is_patch_embed, decay_scale), group)["params"].append(p)
     return list(groups.values())
 
 
@@ -727,14 +800,13 @@ SMALL = {
     "saveckp_freq": 0,
     "eval_freq": 4,
 }
-# Options that may differ from those of the checkpoint that a run goes on from
+# Options that may change when a run is resumed; other ones make it another run
 MAY_CHANGE_ON_RESUME = {
     "data_path",  # the images are compared instead: see start_run
     "output_dir",
     "pretrained_weights",
     "small_images",
     "resume_anyway",
-    "batch_size_per_gpu",
     "epochs",  # the schedules then follow the new number
     "max_steps",
     "amp",
@@ -747,70 +819,62 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def parse_args(argv=None):
-    """The options: those of argv (the command line), then SMALL or the paper's ImageNet recipe."""
+    """The options on the command line, or in argv. The defaults are the paper's ImageNet recipe; in
+    the built-in run and with --small_images, SMALL."""
     parser = argparse.ArgumentParser(
         usage="torchrun %(prog)s [options]",
         description="Train a vision transformer on images without labels.\n\n"
-        "    torchrun simdinov2.py                         # the built-in data\n"
-        "    torchrun simdinov2.py --data_path /imagenet   # the paper's recipe",
+        "    torchrun %(prog)s                         # the built-in data\n"
+        "    torchrun %(prog)s --data_path /imagenet   # the paper's recipe",
         epilog=f"Without --data_path, or with --small_images, other defaults hold:\n{SMALL}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
 
-    def option(flag, default, text):  # of the same type as its default
-        add(flag, type=type(default), default=default, help=f"{text} [{default}]")
+    def option(flag, default, text, **settings):
+        if default is not None:
+            settings.setdefault("type", type(default))
+            text = f"{text} [{default}]"
+        parser.add_argument(flag, default=default, help=text, **settings)
 
-    place = {"type": os.path.expanduser}  # a shell leaves the ~ of --output_dir=~/runs as it is
-    text = "folder of train/ and val/, of class folders, or of images"
-    add("--data_path", help=text, **place)
-    text = "folder for all that the run writes [output_simdinov2]"
-    add("--output_dir", default="output_simdinov2", help=text, **place)
-    text = "start from the weights in this file, named as here or in DINOv2"
-    add("--pretrained_weights", help=text, **place)
-    add("--small_images", action="store_true", help="take the built-in run's defaults")
-    add(
-        "--resume_anyway",
-        action="store_true",
-        help="go on from a checkpoint of other options or images",
+    def switch(flag, text):
+        parser.add_argument(flag, action="store_true", help=text)
+
+    home = os.path.expanduser  # a shell leaves the ~ of --output_dir=~/runs as it is
+    option(
+        "--data_path", None, "folder of train/ and val/, of class folders, or of images", type=home
     )
+    option("--output_dir", "output_simdinov2", "folder for all that the run writes", type=home)
+    option("--pretrained_weights", None, "weights to start from, our names or DINOv2's", type=home)
+    switch("--small_images", "take the built-in run's defaults")
+    switch("--resume_anyway", "resume although options or images differ from the checkpoint's")
     option("--seed", 0, "seed of all that is random")
-    add("--arch", choices=ARCHS, default="vit_base", help="size of the backbone [vit_base]")
+    option("--arch", "vit_base", "size of the backbone", choices=ARCHS)
     option("--patch_size", 16, "side of a patch in pixels")
     option("--hidden_dim", 2048, "width of the projection head")
-    option("--drop_path_rate", 0.2, "share of a batch that skips a branch (stochastic depth)")
-    option("--num_register_tokens", 4, "register tokens")
-    option("--layerscale", 0.1, "first value of the LayerScale factors")
+    option("--drop_path_rate", 0.2, "stochastic depth: rate at each block")
+    option("--num_register_tokens", 4, "register tokens, which have no place in the image")
+    option("--layerscale", 0.1, "LayerScale's factors at the start")
     option("--global_crops_size", 224, "side of the 2 global views in pixels")
     option("--local_crops_size", 96, "side of the local views in pixels")
     option("--local_crops_number", 10, "local views of an image")
-    share = {"type": float, "nargs": 2}
-    text = "smallest and largest share of the image's area in a global view [0.4 1]"
-    add("--global_crops_scale", default=[0.4, 1.0], help=text, **share)
-    text = "smallest and largest share of the image's area in a local view [0.05 0.4]"
-    add("--local_crops_scale", default=[0.05, 0.4], help=text, **share)
+    option("--global_crops_scale", [0.4, 1.0], "share of the area: from, to", type=float, nargs=2)
+    option("--local_crops_scale", [0.05, 0.4], "share of the area: from, to", type=float, nargs=2)
     option("--mask_sample_probability", 0.5, "share of the global views that are masked")
-    text = "smallest and largest share of their patches that are masked [0.1 0.5]"
-    add("--mask_ratio_min_max", default=[0.1, 0.5], help=text, **share)
+    option("--mask_ratio_min_max", [0.1, 0.5], "share of the patches", type=float, nargs=2)
     option("--ibot_loss_weight", 1.0, "weight of the masked patches' loss")
     option("--coeff", 1.0, "weight of the mean cosine")
     option("--eps_sq", 0.4, "square of the radius epsilon in the coding rate R")
     option("--group_size", 128, "n, the images of a group, which has one coding rate R")
-    add("--gamma", type=float, help="weight of R [1 / 256 + 1 / batch_size]")
-    add(
-        "--expa_type",
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="R is that of z_s (0) or of (z_s + z_t) / 2 (1) [1]",
-    )
-    option("--epochs", 100, "passes over the images; those that fill no step are left out")
+    option("--gamma", None, "weight of R [1 / 256 + 1 / batch_size]", type=float)
+    option("--expa_type", 1, "R is that of z_s (0) or of (z_s + z_t) / 2 (1)", choices=(0, 1))
+    option("--epochs", 100, "passes over the images; an incomplete last step is left out")
     option("--batch_size", 1024, "images of a step, on all GPUs")
-    text = "images that a GPU takes at a time [128, at most batch_size / GPUs]"
-    add("--batch_size_per_gpu", type=int, help=text)
+    option(
+        "--batch_size_per_gpu", None, "images that a GPU takes at a time [128 or fewer]", type=int
+    )
     option("--lr", 0.004, "the peak learning rate is this times sqrt(batch_size / 1024)")
-    option("--layerwise_decay", 0.9, "factor of the learning rate from a block to one below")
+    option("--layerwise_decay", 0.9, "learning rate of a block, by that of the block above it")
     option("--patch_embed_lr_mult", 0.2, "factor of the patch embedding's learning rate")
     option("--min_lr", 1e-6, "learning rate at the end")
     option("--warmup_epochs", 10.0, "epochs in which the learning rate rises from 0")
@@ -819,10 +883,14 @@ def parse_args(argv=None):
     option("--clip_grad", 3.0, "largest gradient norm of backbone, of head; 0: no clipping")
     option("--momentum_teacher", 0.9, "momentum of the teacher at the start; it rises to 1")
     option("--max_steps", 0, "stop early, after so many steps; 0: after --epochs")
-    text = "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, as on a CPU [auto]"
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=text)
-    add("--compile", action="store_true", help="compile the transformer's blocks")
-    add("--grad_checkpointing", action="store_true", help="slower, a quarter of the memory")
+    option(
+        "--amp",
+        "auto",
+        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, which is auto on a CPU",
+        choices=("auto", "bf16", "fp16", "off"),
+    )
+    switch("--compile", "compile the transformer's blocks")
+    switch("--grad_checkpointing", "slower, a quarter of the memory")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     option("--num_workers", min(10, cores), "data-loading workers per GPU")
     option("--saveckp_freq", 10, "keep a copy after epoch 1 and then every N epochs; 0: none")
@@ -836,27 +904,36 @@ def parse_args(argv=None):
         args.batch_size_per_gpu = min(128, args.batch_size // WORLD)
     args.group_size = min(args.group_size, args.batch_size)
 
-    # Sizes with which the run would silently be another one
+    check_sizes(parser, args)
+    return args
+
+
+def check_sizes(parser, args):
+    """End the program if the run would silently be another one, or fail late."""
     micro_batch = args.batch_size_per_gpu
-    in_round = WORLD * micro_batch
-    group = args.group_size
-    if in_round < 1 or args.batch_size % in_round:
+    round_size = WORLD * micro_batch
+    if round_size < 1 or args.batch_size % round_size:
         parser.error(
             f"--batch_size {args.batch_size} must be a multiple of the {WORLD} processes "
             f"x --batch_size_per_gpu {micro_batch}"
         )
+    group = args.group_size
     if group < 1:
         parser.error("--group_size must be at least 1")
-    groups_in_micro_batch = micro_batch % group == 0
-    micro_batches_in_group = group % micro_batch == 0 and in_round % group == 0
-    if not groups_in_micro_batch and not micro_batches_in_group:
+    is_within_process = micro_batch % group == 0
+    is_within_round = group % micro_batch == 0 and round_size % group == 0
+    if not is_within_process and not is_within_round:
         parser.error(
             f"--group_size {group} must divide --batch_size_per_gpu {micro_batch}, or be a "
-            f"multiple of it that divides the {in_round} images which all processes take at a time"
+            f"multiple of it that divides the {round_size} images of all processes in a round"
         )
+    for size in (args.global_crops_size, args.local_crops_size):
+        if size % args.patch_size:
+            parser.error(
+                f"views of {size} pixels: not a multiple of --patch_size {args.patch_size}"
+            )
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    return args
 
 
 # ----------------------------------------------------------------------------- the images of a step
@@ -868,10 +945,10 @@ def seed_from(*numbers):
 
 
 class Images(Dataset):
-    """Item epoch * n + i is image i of n, transformed for this epoch, and its label, -1 for none.
+    """Item (epoch, i) is image i, transformed for this epoch, and its label, -1 for none.
 
     All that is random in an item is drawn from (seed, epoch, i) alone, whichever worker does it. If
-    the image cannot be read, another one takes its place, which is drawn too; its label is -1.
+    the image cannot be read, a random other one takes its place, with label -1.
     """
 
     def __init__(self, root, names, labels, transform, seed=0):
@@ -885,7 +962,7 @@ class Images(Dataset):
         return len(self.names)
 
     def __getitem__(self, item):
-        epoch, index = divmod(item, len(self))
+        epoch, index = item
         label = self.labels[index]
         # torch.manual_seed would also seed the GPU, which workers must not touch.
         torch.default_generator.manual_seed(seed_from(self.seed, epoch, index))
@@ -897,7 +974,7 @@ class Images(Dataset):
                 warnings.warn(f"another image takes its place: {error}", stacklevel=1)
                 index = torch.randint(len(self), ()).item()
                 label = -1
-        raise OSError(f"none of 1000 images in {self.root} can be read")
+        raise OSError(f"1000 times, a random image in {self.root} could not be read")
 
 
 @lru_cache(maxsize=1)
@@ -907,37 +984,34 @@ def shuffled(n, seed, epoch):
 
 
 class MicroBatches(Dataset):
-    """Item step * parts_per_step + part: the seed and the views of a micro-batch, the masks of its
-    global views, bool (2 B, N), and the index (M,) of the patches that they hide.
+    """Item (step, number): one of the micro-batches of a step, as SimDINO.step takes it.
 
     An epoch's images, in random order, are cut into steps of batch_size images; the rest is left
-    out. A step is cut into parts of batch_size_per_gpu images. All that is random is drawn
-    from (seed, epoch, image) in the workers and from (seed, step, part) on the device. So with the
-    same batch_size_per_gpu, a run is the same on any number of processes, up to rounding. On a CPU,
-    a resumed run ends with the same bits.
+    out. A step is cut into micro-batches. The views of an image are drawn from (seed, epoch, image),
+    all else from (seed, step, number). So with the same batch_size_per_gpu, a run is the same on
+    any number of processes, up to rounding. On a CPU, a resumed run ends with the same bits.
     """
 
     def __init__(self, images, args):
         self.images = images
         self.seed = args.seed
         self.batch_size = args.batch_size
-        self.micro_batch = args.batch_size_per_gpu
-        self.parts_per_step = args.batch_size // args.batch_size_per_gpu
+        self.size = args.batch_size_per_gpu
         self.side = args.global_crops_size // args.patch_size
         self.probability = args.mask_sample_probability
         self.ratios = args.mask_ratio_min_max
 
     def __getitem__(self, item):
+        step, number = item
         n = len(self.images)
-        step, part = divmod(item, self.parts_per_step)
         epoch, step_of_epoch = divmod(step, n // self.batch_size)
-        start = step_of_epoch * self.batch_size + part * self.micro_batch
-        chosen = shuffled(n, self.seed, epoch)[start : start + self.micro_batch].tolist()
-        views, _ = default_collate([self.images[epoch * n + i] for i in chosen])
-        seed = (self.seed, epoch * n + chosen[0])
-        masks = block_masks(2 * self.micro_batch, self.side, self.probability, self.ratios, seed)
+        start = step_of_epoch * self.batch_size + number * self.size
+        chosen = shuffled(n, self.seed, epoch)[start : start + self.size].tolist()
+        views, _ = default_collate([self.images[epoch, i] for i in chosen])
+        seed = seed_from(self.seed, step, number)
+        masks = block_masks(2 * self.size, self.side, self.probability, self.ratios, seed)
         index = masks.flatten().nonzero().flatten()
-        return seed_from(self.seed, step, part), views, masks, index
+        return seed, views, masks, index
 
 
 # ------------------------------------------------------------------------------------- the training
@@ -949,33 +1023,33 @@ def build(args, device):
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
-    on_cpu = device.type == "cpu" and dtype != torch.float32
-    if on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        say(f"--amp {amp} is for GPUs: this CPU has no AVX-512, so it will take many times longer")
     torch.manual_seed(args.seed)
-    vit = ARCHS[args.arch]
     backbone = VisionTransformer(
         args.global_crops_size,
         args.patch_size,
-        **vit,
+        **ARCHS[args.arch],
         drop_path_rate=args.drop_path_rate,
+        grad_checkpointing=args.grad_checkpointing,
         num_register_tokens=args.num_register_tokens,
         layerscale=args.layerscale,
     )
-    backbone.grad_checkpointing = args.grad_checkpointing
-    head = ProjectionHead(vit["embed_dim"], args.hidden_dim)
+    head = ProjectionHead(backbone.num_features, args.hidden_dim)
     gamma = args.gamma
     if gamma is None:
         gamma = SimDINOLoss.default_gamma(OUT_DIM, args.batch_size)
     loss_fn = SimDINOLoss(args.eps_sq, args.group_size, args.coeff, gamma, args.expa_type)
-    rounds = args.batch_size // (args.batch_size_per_gpu * WORLD)
-    student = Network(OrderedDict(backbone=backbone, head=head)).to(device)
-    groups = parameter_groups(student, args.layerwise_decay, args.patch_embed_lr_mult)
-    weight = args.ibot_loss_weight
-    model = SimDINO(student, groups, loss_fn, weight, args.clip_grad, rounds, dtype)
+    model = SimDINO(
+        backbone.to(device),
+        head.to(device),
+        loss_fn,
+        clip_grad=args.clip_grad,
+        rounds=args.batch_size // (args.batch_size_per_gpu * WORLD),
+        dtype=dtype,
+        patch_weight=args.ibot_loss_weight,
+        layerwise_decay=args.layerwise_decay,
+        patch_embed_lr_mult=args.patch_embed_lr_mult,
+    )
     if args.compile:
-        if device.type == "cpu" and torch.__version__ < "2.7":  # its index_put does not add there
-            sys.exit("--compile without a GPU needs PyTorch 2.7 or newer")
         torch._dynamo.config.optimize_ddp = False  # it would split the graph of a block
         for block in [*model.student.backbone.blocks, *model.teacher.backbone.blocks]:
             block.compile(dynamic=False)
@@ -1008,57 +1082,113 @@ def schedules(args, steps_per_epoch):
 
 
 def start_run(args, path, images, model):
-    """A new run, or the one saved at path: what a checkpoint holds beside the tensors."""
-    # Other images may have the same names, so the bytes of about eight files are hashed too.
-    digest = hashlib.sha256(os.fsencode("\n".join(images.names)))
-    for name in images.names[:: len(images) // 8 + 1]:
-        with suppress(OSError):  # a file that cannot be read
-            digest.update(Path(images.root, name).read_bytes())
+    """Returns run, a dictionary of what a checkpoint holds beside the tensors: of a new run, or of
+    the one saved at path. Loads the tensors into model."""
     run = {
         "args": vars(args),
-        "images_hash": digest.hexdigest()[:16],
+        "images_hash": hash_files(images.root, images.names),
         "epoch": 0,  # how many epochs are finished
-        "metrics": [],  # loss, comp, expa and patch loss of each finished step of the current epoch
+        "figures": [],  # the FIGURES of each finished step of the current epoch
         "log": [],  # a dictionary for each finished epoch
     }
-    if any(all_gather(path.exists())):  # then all need it: torch.load names a missing file
+    # If one process finds a checkpoint, all load it. Where it is missing, torch.load says so.
+    if any(gather_values(os.path.lexists(path))):
         restore(path, run, model)
-    elif args.pretrained_weights:
+    elif args.pretrained_weights is not None:
         load_pretrained(args.pretrained_weights, model)
     steps_per_epoch = len(images) // args.batch_size
-    if len(run["metrics"]) >= steps_per_epoch:  # with --resume_anyway, an epoch may be shorter now
-        run["metrics"] = run["metrics"][: steps_per_epoch - 1]  # an epoch ends after a step
-    run["step"] = run["epoch"] * steps_per_epoch + len(run["metrics"])
-    if len(set(all_gather((run["images_hash"], run["step"])))) > 1:
+    # With --resume_anyway, the epoch may now have fewer steps than are done of it. Then the last one
+    # is done again, so that the epoch ends as usual.
+    run["figures"] = run["figures"][: steps_per_epoch - 1]
+    run["step"] = run["epoch"] * steps_per_epoch + len(run["figures"])
+    if len(set(gather_values((run["images_hash"], run["step"])))) > 1:
         sys.exit("the processes find different images or checkpoints: they have to share a disk")
     return run
 
 
-def take_steps(model, data, schedule, steps):
-    """Train for these steps. In them the CPU does not wait for the GPU. Returns their metrics,
-    (steps, 4), the rows of the last step, and the seconds of waiting for data."""
-    metrics = []
-    waits = []
+class Stream:
+    """The micro-batches of a DataLoader, and the seconds that were spent waiting for them."""
+
+    def __init__(self, loader):
+        self.micro_batches = iter(loader)
+        self.waited = 0.0
+
+    def take(self, count):
+        """Yields the next ones, one by one: a list of many could need too many open files."""
+        for _ in range(count):
+            started = time.monotonic()
+            micro_batch = next(self.micro_batches)
+            self.waited += time.monotonic() - started
+            yield micro_batch
+
+
+def take_steps(model, stream, schedule, steps):
+    """Train for these steps, in which the CPU does not wait for the GPU. Returns their FIGURES, a
+    row for each step, and the rows z of the last step."""
+    figures = []
     for step in steps:
-        micro_batches = one_by_one(data, model.rounds, waits)
         settings = {name: values[step] for name, values in schedule.items()}
-        means, rows = model.step(micro_batches, **settings)
-        metrics.append(means)
-    return torch.stack(metrics), rows, sum(waits)
+        means, rows = model.step(stream.take(model.rounds), **settings)
+        figures.append(means)
+    return torch.stack(figures), rows
 
 
-def one_by_one(data, count, waits):
-    """Yields the next count items of data, and adds the seconds of waiting for each to waits. All
-    at once, as a list, the micro-batches of many rounds would need too many open files."""
-    for _ in range(count):
-        asked = time.monotonic()
-        item = next(data)
-        waits.append(time.monotonic() - asked)
-        yield item
+def meet(figures, signals, last_save):
+    """Wait for the GPU and for all processes. Returns the means of their figures, a list for each
+    step; a signal that one of them caught, or 0; and the seconds since the last save."""
+    report = {
+        "figures": figures.tolist(),
+        "signal": max(signals, default=0),
+        "unsaved": time.monotonic() - last_save,
+    }
+    reports = gather_values(report)
+    means = np.mean([each["figures"] for each in reports], axis=0).tolist()
+    caught = max(each["signal"] for each in reports)
+    unsaved = max(each["unsaved"] for each in reports)
+    return means, caught, unsaved
+
+
+def check_finite(figures, model):
+    """End the run if a loss, a weight or a moment is not finite."""
+    is_finite = all(math.isfinite(loss) for loss, *_ in figures) and model.is_finite()
+    if not is_finite or model.scaler.get_scale() < 1:  # fp16 has tried all scales; else it is 1
+        sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
+
+
+def show_progress(run, args, last_step, rank, images_per_second, passing):
+    """Print the figures of the last step, and how long the rest will take."""
+    figures = [f"{name} {value:.3f}" for name, value in zip(FIGURES, run["figures"][-1])]
+    left = (last_step - run["step"]) * args.batch_size / images_per_second
+    line = (
+        f"epoch {run['epoch'] + 1}/{args.epochs} step {run['step']}/{last_step} "
+        f"{' '.join(figures)} rank {rank:.1f} "
+        f"{images_per_second:.0f} img/s ETA {timedelta(seconds=int(left))}"
+    )
+    say(line, passing=passing)
+
+
+def end_epoch(run, schedule, rank, images_per_second, data_wait):
+    """Add an entry for the epoch to the log of run."""
+    steps = slice(run["step"] - len(run["figures"]), run["step"])
+    means = np.mean(run["figures"], axis=0).tolist()
+    entry = {
+        "epoch": run["epoch"],  # counted from 0
+        **dict(zip(FIGURES.values(), means)),
+        "train_lr": float(np.mean(schedule["lr"][steps])),
+        "train_wd": float(np.mean(schedule["weight_decay"][steps])),
+        "rank": rank,
+        "knn": None,  # log_knn_accuracy sets it
+        "img_s": images_per_second,
+        "data_wait": data_wait,  # share of the time
+    }
+    run["log"].append(entry)
+    run["epoch"] += 1
+    run["figures"] = []
 
 
 def main():
-    """Train; save after epochs (at most once a minute), every 15 minutes, and at a signal."""
+    """Train. The run is saved after epochs (but at most once a minute), every 15 minutes, at a
+    signal, and at the end."""
     args = parse_args()
     device = start_process()
     path = Path(args.output_dir, "checkpoint.pth")
@@ -1077,102 +1207,69 @@ def main():
     kept = math.prod(schedule["momentum"][:last_step])
     if kept > 0.1:
         say(
-            f"few steps: the teacher, which is the result, keeps {100 * kept:.0f} % of its first "
-            "weights. Give a lower --momentum_teacher or more --epochs"
+            f"only {last_step} steps: the teacher, which is the result, keeps {100 * kept:.0f} % "
+            "of its first weights. More steps or a lower --momentum_teacher would change that"
         )
     run = start_run(args, path, images, model)
+    if run["step"] == 0:  # a full disk, or another run in this folder, is then noticed at once
+        save(path, run, model)
     if run["step"] >= last_step:
         say(f"nothing is left to train: all {last_step} steps are done")
     signals = catch_signals()
 
     loader_options = choose_loader_options(args, device)
+    loader_options["worker_init_fn"] = ignore_signals
     # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
+    numbers = range(PROCESS, model.rounds * WORLD, WORLD)
+    items = product(range(run["step"], last_step), numbers)
     dataset = MicroBatches(images, args)
-    first = run["step"] * dataset.parts_per_step + PROCESS
-    items = range(first, last_step * dataset.parts_per_step, WORLD)
-    data = iter(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
+    stream = Stream(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
+    # After some ten rounds, the CPU waits for the GPU, and a line may be printed or the run saved.
+    steps_at_a_time = math.ceil(10 / model.rounds)
     last_save = time.monotonic()
     last_line = 0.0
 
-    while True:
-        # An epoch begins here, or goes on after an interruption. After the last one, all is over.
-        epoch = run["epoch"]
-        is_over = run["step"] >= last_step
-        is_between_epochs = not run["metrics"]
-        if knn_images and is_between_epochs and (is_over or epoch % args.eval_freq == 0):
-            log_knn_accuracy(run, path, model, knn_images, loader_options)
-        if is_over:
-            break
-
+    # Accuracy before the first epoch, or that which an interruption has left out
+    log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
+    while run["step"] < last_step:
+        # An epoch begins here, or goes on after an interruption.
         first_step = run["step"]
-        end_of_epoch = (epoch + 1) * steps_per_epoch
+        end_of_epoch = (run["epoch"] + 1) * steps_per_epoch
         stop = min(end_of_epoch, last_step)
         started = time.monotonic()
-        waited = 0.0
+        stream.waited = 0.0
         while run["step"] < stop:
-            # Ten micro-batches or more, then the CPU waits for the GPU, and the processes meet.
-            end = min(run["step"] + math.ceil(10 / model.rounds), stop)
-            metrics, rows, seconds = take_steps(model, data, schedule, range(run["step"], end))
-            waited += seconds
-            report = {
-                "metrics": metrics.tolist(),
-                "signal": max(signals, default=0),
-                "unsaved": time.monotonic() - last_save,
-            }
-            reports = all_gather(report)
-            metrics = np.mean([each["metrics"] for each in reports], axis=0)
-            caught = max(each["signal"] for each in reports)
-            unsaved = max(each["unsaved"] for each in reports)  # seconds
-            is_finite = np.isfinite(metrics).all() and model.is_finite()
-            if not is_finite or model.scaler.get_scale() < 1:  # the scale is 1 without fp16
-                sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
-            run["step"] = end
-            run["metrics"] += metrics.tolist()
+            steps = range(run["step"], min(run["step"] + steps_at_a_time, stop))
+            figures, rows = take_steps(model, stream, schedule, steps)
+            figures, caught, unsaved = meet(figures, signals, last_save)
+            check_finite(figures, model)
+            run["step"] = steps.stop
+            run["figures"] += figures
 
-            loss, comp, expa, patch = run["metrics"][-1]
-            rank = effective_rank(rows)  # of the first process, which prints it
             now = time.monotonic()
-            seconds_per_step = (now - started) / (end - first_step)
-            if end == stop or os.isatty(1) or now - last_line > 60:
-                left = timedelta(seconds=int((last_step - end) * seconds_per_step))
-                line = (
-                    f"epoch {epoch + 1}/{args.epochs} step {end}/{last_step} "
-                    f"loss {loss:.3f} comp {comp:.3f} expa {expa:.3f} patch {-patch:.3f} "
-                    f"rank {rank:.1f} "
-                    f"{args.batch_size / seconds_per_step:.0f} img/s ETA {left}"
-                )
-                say(line, passing=end < stop)
+            images_per_second = args.batch_size * (run["step"] - first_step) / (now - started)
+            rank = effective_rank(rows)  # of the first process, which prints it
+            passing = run["step"] < stop
+            if not passing or os.isatty(1) or now - last_line > 60:
+                show_progress(run, args, last_step, rank, images_per_second, passing)
                 last_line = now
 
-            if end == end_of_epoch:
-                loss, comp, expa, patch = np.mean(run["metrics"], axis=0).tolist()
-                steps = slice(end_of_epoch - steps_per_epoch, end_of_epoch)
-                entry = {
-                    "epoch": epoch,  # counted from 0; names of the official code
-                    "train_loss": loss,
-                    "train_comp_loss": comp,
-                    "train_expa_loss": expa,
-                    "train_ibot_loss": patch,
-                    "train_lr": float(np.mean(schedule["lr"][steps])),
-                    "train_wd": float(np.mean(schedule["weight_decay"][steps])),
-                    "rank": rank,
-                    "knn": None,
-                    "img_s": args.batch_size / seconds_per_step,
-                    "data_wait": waited / (now - started),
-                }
-                run["log"].append(entry)
-                run["epoch"] = epoch + 1
-                run["metrics"] = []
-                if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-                    save(path.with_name(f"checkpoint{epoch:04}.pth"), run, model)
+            is_end_of_epoch = run["step"] == end_of_epoch
+            if is_end_of_epoch:
+                data_wait = stream.waited / (now - started)
+                end_epoch(run, schedule, rank, images_per_second, data_wait)
+                finished = run["epoch"] - 1  # counted from 0, as in the log
+                if args.saveckp_freq and finished % args.saveckp_freq == 0:
+                    save(path.with_name(f"checkpoint{finished:04}.pth"), run, model)
             # Not after every epoch: with few images, saving would take most of the time.
-            is_due = unsaved > 15 * 60 or (end == end_of_epoch and unsaved > 60)
-            if caught or is_due or end == last_step:
+            is_due = unsaved > 15 * 60 or (is_end_of_epoch and unsaved > 60)
+            if caught or is_due or run["step"] == last_step:
                 save(path, run, model)
                 last_save = time.monotonic()
             if caught:
-                say(f"{signal.Signals(caught).name}: saved {path} at step {end}")
+                say(f"{signal.Signals(caught).name}: saved {path} at step {run['step']}")
                 os._exit(128 + caught)
+        log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
     end_process()
 
 
@@ -1180,13 +1277,17 @@ def main():
 
 # ------------------------------------------------------------------------ the processes and signals
 
+# How a run ends. After its last step: by end_process, with status 0. At a signal: main saves and
+# leaves. At an error: Python prints it, the process leaves with status 1, and torchrun ends the
+# others. In each case os._exit is called, as Python would wait for the data-loading workers: for
+# ever if one hangs, or ignores Python's SIGTERM. They ignore signals because torchrun and terminals
+# send these to all processes, but the steps that are under way still need their images.
+
 
 def start_process():
     """Connect this process with the others. Returns its device."""
     if __name__ == "__main__":
-        # After an error, Python would end the workers by SIGTERM, which they ignore, and wait for
-        # them for ever.
-        atexit.register(os._exit, 1)
+        atexit.register(os._exit, 1)  # an exit before end_process is an error
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
     name = "the CPU"
@@ -1194,14 +1295,14 @@ def start_process():
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
     elif torch.version.cuda:
-        name = f"the CPU; a GPU would need a driver for CUDA {torch.version.cuda}"
-    if WORLD > 1:
+        name = f"the CPU (PyTorch finds no GPU with a driver for CUDA {torch.version.cuda})"
+    say(f"processes: {WORLD}, on {name}")
+    if WORLD > 1:  # waits for the others
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             timeout=timedelta(hours=1),  # the wait for the slowest process, as disks differ
             device_id=device if cuda else None,
         )
-    say(f"{WORLD} processes on {name}")
     return device
 
 
@@ -1210,11 +1311,13 @@ def end_process():
     if WORLD > 1:
         time.sleep(0.2)  # gloo's threads must finish, or PyTorch 2.6 would wait for ever
         dist.destroy_process_group()
-    atexit.unregister(os._exit)
+    if __name__ == "__main__":
+        atexit.unregister(os._exit)
+        atexit.register(os._exit, 0)
 
 
-def all_gather(value):
-    """The values of all processes, in their order."""
+def gather_values(value):
+    """The values of all processes, in their order: any Python objects."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -1237,17 +1340,17 @@ def wait_for_all():
 
 
 def say(text, passing=False):
-    """Print on the first process. On a terminal, the next line takes the place of a passing one."""
+    """Print on the first process. passing: on a terminal, the next text takes the place of this."""
     end = "\n"
     if os.isatty(1):
-        if passing:  # cut it: a line that wraps could not be replaced
-            text = text[: shutil.get_terminal_size().columns - 1]
+        if passing:
+            text = text[: shutil.get_terminal_size().columns - 1]  # one line
             end = ""
         text = "\r\033[K" + text  # to the line's start, and clear it
     try:
         if PROCESS == 0:
             print(text, end=end, flush=True)
-    except OSError:  # a closed terminal or pipe costs the lines, not the run
+    except OSError:  # the terminal or the pipe is closed: the run goes on without printing
         sys.stdout = None
 
 
@@ -1257,7 +1360,7 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 
 
 def catch_signals():
-    """A list to which signals are added from now on: the run saves, then ends."""
+    """A list, to which signals are added from now on. main saves and ends when it sees one."""
     caught = []
 
     def handler(number, frame):
@@ -1270,7 +1373,7 @@ def catch_signals():
 
 
 def ignore_signals(worker):
-    """Workers ignore signals, as the main process may still have to read from them."""
+    """For the data-loading workers: see above."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1279,36 +1382,43 @@ def choose_loader_options(args, device):
     """Arguments of DataLoader: how many workers load images, and how they are started."""
     options = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
     if args.num_workers:
-        options["worker_init_fn"] = ignore_signals
         options["timeout"] = 900  # seconds: a worker that hangs ends the run
         if sys.platform == "linux":
-            # Python 3.14 would start the workers from another process, a server. torchrun's SIGTERM
-            # ends the server while its workers are still needed; after an error it stays for ever.
+            # Python 3.14 would let another process, a server, start the workers. torchrun's SIGTERM
+            # ends this server while its workers are still needed; after an error, it never ends.
             options["multiprocessing_context"] = "fork"
     return options
 
 
 # ---------------------------------------------------------------------- the images and their labels
 
+SPLITS = ("val", "valid", "validation", "test")  # names of a folder to judge on
+
 
 def load_image(path):
     """An image file -> uint8 (3, H, W), RGB, upright by its EXIF data; the first of several frames.
-    OSError, which names the file, for all that cannot be read."""
+    OSError, which names the file, if it cannot be decoded. RuntimeError if the machine is at fault:
+    it ends the run, which can go on later."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("a pipe, which might never end")
         # Pillow would scramble an uncompressed TIFF file with an orientation, opened by its name.
         with open(path, "rb") as file, Image.open(file) as image:
-            # A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which takes less time.
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least 1024 pixels.
             image.draft("RGB", (1024, 1024))
             if image.mode.startswith(("I", "F")):  # convert() would clip their values at 255
                 raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
             return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # there is no end to what a decoder may raise
+        faults = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in faults:
+            raise RuntimeError(f"cannot read {path}") from error
         raise OSError(f"cannot read {path}: {error}") from error
 
 
 def find_images(root):
     """The names of all images below root, relative to root, and their classes: the first folder of
-    a name, or "" if the name has no folder. Names that begin with "." are skipped."""
+    a name, "" if it has none. Files and folders whose names begin with "." are skipped."""
 
     def raise_error(error):  # otherwise os.walk would skip a folder that cannot be read
         raise error
@@ -1317,6 +1427,9 @@ def find_images(root):
     classes = []
     others = 0
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=raise_error):
+        parent = Path(folder).parent
+        if os.path.islink(folder) and parent.resolve().is_relative_to(Path(folder).resolve()):
+            raise OSError(f"{folder} is a link to a folder that it is in: it has no end")
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         below = Path(folder).relative_to(root)
         for file in sorted(name for name in files if not name.startswith(".")):
@@ -1326,26 +1439,48 @@ def find_images(root):
             else:
                 others += 1
     count = len(set(classes) - {""})
-    say(f"{root}: {len(names)} images, {count} class folders, {others} other files")
+    say(f"{root}: {len(names)} images in {count} folders, {others} other files")
     return names, classes
 
 
-def open_images(args):
-    """Images to train on and, if k-NN is possible, {"train": Images, "val": Images} for it."""
+def hash_files(root, names):
+    """A hash of the names, and of the bytes of up to eight of the files: others may have the same
+    names."""
+    digest = hashlib.sha256(os.fsencode("\n".join(names)))
+    for name in names[:: len(names) // 8 + 1]:
+        with suppress(OSError):  # a file that cannot be read
+            digest.update(Path(root, name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def find_training_folder(args):
+    """The folder of the data, and the one in it to train on, which may be the same."""
     root = Path(args.output_dir, "patterns")
     if args.data_path is not None:
         root = Path(args.data_path)
     elif PROCESS == 0 and not root.exists():
-        render_patterns(root)
-    wait_for_all()  # the patterns are there
+        render_patterns(root)  # images of any other source could be written here as well
+    wait_for_all()  # the files are there
     train = root
     if os.path.lexists(root / "train"):
         train = root / "train"
+        folders = {path.name for path in root.iterdir() if path.is_dir()}
+        unused = sorted(folders - {"train", *SPLITS})
+        if unused:
+            say(f"{root}: train/ is what is trained on, not {', '.join(unused)}")
     if not train.is_dir():
         sys.exit(f"there is no folder {train}")
+    return root, train
+
+
+def open_images(args):
+    """The Images to train on, and those of open_knn_images."""
+    root, train = find_training_folder(args)
     names, classes = find_images(train)
     if len(names) < args.batch_size:
-        sys.exit(f"{len(names)} images in {train}: a step takes --batch_size {args.batch_size}")
+        sys.exit(
+            f"{train} has {len(names)} images, fewer than a step: --batch_size {args.batch_size}"
+        )
     known_classes = sorted(set(classes) - {""})
     label_of = {name: label for label, name in enumerate(known_classes)}
     labels = [label_of.get(name, -1) for name in classes]
@@ -1357,21 +1492,36 @@ def open_images(args):
         args.local_crops_number,
     )
     images = Images(train, names, labels, crop, args.seed)
-    images[0]  # raises if no image can be read
+    images[0, 0]  # an error here if no image can be read
+    return images, open_knn_images(args, root, images, label_of)
 
-    # k-NN learns from train/ and is judged on another folder with the same classes.
-    folders = [root / name for name in ("val", "valid", "validation", "test")]
-    found = [folder for folder in folders if folder.is_dir() and not folder.samefile(train)]
-    if args.eval_freq and len(known_classes) > 1 and train != root and found:
-        val = found[0]
-        val_names, val_classes = find_images(val)
-        val_labels = [label_of.get(name, -1) for name in val_classes]
-        if max(val_labels, default=-1) >= 0:
-            center = partial(center_crop, size=args.global_crops_size)
-            bank = Images(train, names, labels, center)
-            return images, {"train": bank, "val": Images(val, val_names, val_labels, center)}
-    say("no k-NN accuracy: it needs --eval_freq, two classes in train/, and some of them in val/")
-    return images, {}
+
+def open_knn_images(args, root, train, label_of):
+    """For k-NN, which learns from "train" and is judged on "val": a dictionary of the two Images.
+    Without these, a line says why, and the dictionary is empty."""
+    folders = [root / name for name in SPLITS]
+    found = [folder for folder in folders if folder.is_dir() and not folder.samefile(train.root)]
+    has_train = Path(train.root) != root
+    if not args.eval_freq:
+        say("no k-NN accuracy: --eval_freq is 0")
+        return {}
+    if len(label_of) < 2:
+        say(f"no k-NN accuracy: {train.root} has fewer than two class folders")
+        return {}
+    if not (found and has_train):
+        say(f"no k-NN accuracy: {root} does not have both train and val")
+        return {}
+    val = found[0]
+    names, classes = find_images(val)
+    labels = [label_of.get(name, -1) for name in classes]
+    if max(labels, default=-1) < 0:
+        say(f"no k-NN accuracy: no image in {val} has a class of {train.root}")
+        return {}
+    center = partial(center_crop, size=args.global_crops_size)
+    return {
+        "train": Images(train.root, train.names, train.labels, center),
+        "val": Images(val, names, labels, center),
+    }
 
 
 # -------------------------------------------------------------------------------- the built-in data
@@ -1380,7 +1530,8 @@ def open_images(args):
 def draw_pattern(kind, rng, size=32):
     """One of ten patterns at random angle, scale, phase, polarity, contrast: a grayscale image.
 
-    Half of its pixels are light and half dark, so that brightness tells nothing of the kind.
+    Each kind is a height at every pixel. Those above the median are light and the others dark, so
+    that half are light, and brightness tells nothing of the kind.
     """
     angle = rng.uniform(0, 2 * np.pi)
     cells = rng.uniform(2.2, 4.2)  # along a side
@@ -1431,7 +1582,8 @@ def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size), the centre of the image.
 
     If the short side is larger than size * 8 / 7, it is resized to that: the usual 256 for a size
-    of 224. If it is smaller than size, it is resized to size.
+    of 224. If it is smaller than size, it is resized to size. In between, it is not resized, where
+    DINO's would be 256.
     """
     height, width = image.shape[1:]
     short = min(height, width)
@@ -1442,15 +1594,21 @@ def center_crop(image, size):
     return TF.center_crop(resized, [size, size])
 
 
-def log_knn_accuracy(run, path, model, knn_images, loader_options):
-    """Print the k-NN accuracy and save it in the last entry of the log, if it is not there yet."""
-    if run["log"] and run["log"][-1]["knn"] is not None:
+def log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options):
+    """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log."""
+    is_between_epochs = not run["figures"]
+    is_known = is_between_epochs and run["log"] and run["log"][-1]["knn"] is not None
+    if not knn_images or is_known:
+        return
+    is_epoch_to_judge = is_between_epochs and run["epoch"] % args.eval_freq == 0
+    if not is_epoch_to_judge and run["step"] < last_step:
         return
     say("k-NN: computing the features of all images", passing=True)
     bank = embed(model, knn_images["train"], loader_options)
     accuracy = knn_accuracy(bank, embed(model, knn_images["val"], loader_options))
-    say(f"k-NN accuracy after epoch {run['epoch']}: {accuracy:.1f} %")
-    if run["log"]:
+    when = f"epoch {run['epoch']}" if is_between_epochs else f"step {run['step']}"
+    say(f"k-NN accuracy after {when}: {accuracy:.1f} %")
+    if run["log"] and is_between_epochs:
         run["log"][-1]["knn"] = accuracy
         save(path, run, model)
 
@@ -1460,23 +1618,27 @@ def embed(model, images, loader_options):
     """On all processes: unit features (n, D) of the teacher's backbone and labels (n,), of the
     images that have a label and can be read."""
     n = len(images)
-    # The processes take equally many images, as gather_rows needs: some images are taken twice.
+    # gather_rows needs equally many images of each process. So some may be taken twice.
     per_process = math.ceil(n / WORLD)
-    chosen = [i % n for i in range(PROCESS * per_process, (PROCESS + 1) * per_process)]
+    items = [(0, i % n) for i in range(PROCESS * per_process, (PROCESS + 1) * per_process)]
     own_features = []
     own_labels = []
-    for x, y in DataLoader(images, batch_size=256, sampler=chosen, **loader_options):
+    for x, y in DataLoader(images, batch_size=256, sampler=items, **loader_options):
         with model.autocast:
-            features = model.teacher.backbone(normalize(x.to(model.device) / 255))
+            features = model.teacher.backbone(normalize_colors(x.to(model.device) / 255))
         own_features.append(F.normalize(features.float(), dim=-1))
         own_labels.append(y.to(model.device))
     features = gather_rows(torch.cat(own_features))[:n]
     labels = gather_rows(torch.cat(own_labels))[:n]
     is_labelled = labels >= 0
-    if not is_labelled.all():
-        left_out = n - int(is_labelled.sum())
+    left_out = n - int(is_labelled.sum())
+    if left_out:
         text = f"k-NN leaves out {left_out} of {n} images in {images.root}"
         say(f"{text}: they cannot be read, or have no class of train/")
+    if left_out == n:
+        sys.exit(f"no image is left in {images.root}")
+    if not features.isfinite().all():
+        sys.exit("the features are not finite: see the weights, or --amp")
     return features[is_labelled], labels[is_labelled]
 
 
@@ -1497,32 +1659,30 @@ def knn_accuracy(train, val, k=20, temperature=0.07):
 
 @torch.no_grad()
 def effective_rank(rows):
-    """How many directions the rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ, which
-    are divided by their sum before.
+    """How many directions the rows (n, d) use: exp of the entropy of the eigenvalues of ZᵀZ, scaled
+    to the sum 1.
 
-    The rank is 1 when all rows are parallel, and at most min(n, d). In the built-in run of
-    simdino.py, the rows are 2 views of 64 images. Their rank falls to 1.1 in the first epoch, the
-    warm-up, and then rises to 66. So judge a run after its second epoch: a rank below 2 that does
-    not rise is a collapse.
+    The rank is 1 when all rows are parallel, and at most min(n, d). How it develops in a healthy
+    run is told at the top of simdino.py.
     """
     # The CPU waits for the GPU here. The eigenvalues of a small matrix are found faster on the CPU.
-    gram = (rows.mT @ rows).nan_to_num().double().cpu()
-    eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
+    eigenvalues = torch.linalg.eigvalsh((rows.mT @ rows).double().cpu()).clamp(min=0)
     p = eigenvalues / eigenvalues.sum()
-    return torch.exp(-(p * p.log()).sum()).item()
+    return torch.special.entr(p).sum().exp().item()  # entr: -p log p, and 0 for 0
 
 
 # -------------------------------------------------------------------------- weights and checkpoints
 
 
 def load_pretrained(path, model):
-    """Start student and teacher from the weights in a file, named as here or in DINOv2. Positions
-    of another grid are interpolated. A head is taken if it has the shapes of this one."""
+    """Start student and teacher from the weights in a file, with our names or those of DINOv2.
+    Positions of another grid are interpolated. A head is taken if it has the shapes of this one."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     backbone = {}
     head = {}
     for name, tensor in state.get("teacher", state).items():
-        name = name.removeprefix("module.").removeprefix("backbone.")
+        name = name.removeprefix("module.").removeprefix("backbone.").removeprefix("dino_")
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # DINOv2's chunks of blocks
         if name.startswith("head."):
             head[name.removeprefix("head.")] = tensor
         else:
@@ -1536,7 +1696,7 @@ def load_pretrained(path, model):
         grid = F.interpolate(grid, size, mode="bicubic", antialias=True).flatten(2).mT
         backbone["pos_embed"] = torch.cat([cls, grid], dim=1)
     own = student.backbone.state_dict()
-    for name in ("mask_token", "register_tokens"):  # not all weights have them: they start anew
+    for name in ("mask_token", "register_tokens"):  # some weights lack them: they start anew
         backbone.setdefault(name, own[name])
     student.backbone.load_state_dict(backbone)
     loaded = "backbone"
@@ -1552,12 +1712,12 @@ def load_pretrained(path, model):
 
 
 def save(path, run, model):
-    """Write run and model to path, which is never half written, and the log beside it."""
+    """Write run and model to path, which is never half written. Write log.txt beside it."""
     if PROCESS == 0:
         partial_path = path.with_suffix(f".partial{os.getpid()}")  # two runs may share a folder
         try:
             states = {name: part.state_dict() for name, part in model.saved.items()}
-            # Of a full disk, torch.save would raise a RuntimeError that does not say so.
+            # On a full disk, torch.save raises an error that does not say so; write() says it.
             content = io.BytesIO()
             torch.save(run | states, content)
             with partial_path.open("wb") as file:
@@ -1573,20 +1733,21 @@ def save(path, run, model):
 
 
 def restore(path, run, model):
-    """Load the checkpoint at path into run and model, if it is of this run."""
+    """Load the checkpoint at path into run and model. SystemExit if it is of another run."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     old = state["args"] | {"images_hash": state["images_hash"]}
     new = run["args"] | {"images_hash": run["images_hash"]}
-    changed = [
-        name for name in new if name not in MAY_CHANGE_ON_RESUME and old.get(name) != new[name]
-    ]
-    if changed and not run["args"]["resume_anyway"]:
-        text = "; ".join(f"{name} {old.get(name)}, not {new[name]}" for name in changed)
+    changes = []
+    for name in new:
+        if name not in MAY_CHANGE_ON_RESUME and old.get(name) != new[name]:
+            changes.append(f"{name} {old.get(name)}, not {new[name]}")
+    if changes and not run["args"]["resume_anyway"]:
+        text = "; ".join(changes)
         sys.exit(f"{path} is of another run ({text}): give another --output_dir or --resume_anyway")
     for name, part in model.saved.items():
         if state[name]:  # the scaler's is empty if the run was without fp16
             part.load_state_dict(state[name])
-    for name in ("epoch", "metrics", "log"):
+    for name in ("epoch", "figures", "log"):
         run[name] = state[name]
     say(f"resumed {path}, saved at step {state['step']}")
 

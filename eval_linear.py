@@ -1211,7 +1211,11 @@ def extract(images, model, args):
 
 def mask_path(folder, name):
     """The mask of train/a/1.jpg is train_masks/a/1.png."""
-    return Path(f"{folder}_masks", name).with_suffix(".png")
+    return Path(f"{folder}_masks", mask_name(name))
+
+
+def mask_name(name):
+    return str(Path(name).with_suffix(".png"))
 
 
 def load_mask(path):
@@ -1227,6 +1231,8 @@ def load_mask(path):
 
 def find_classes(folder, names, ignored):
     """A dictionary: each value of the masks that is not ignored, and a mask that has it."""
+    if len({mask_name(name) for name in names}) < len(names):
+        sys.exit(f"two images in {folder} have the same mask")
     found = {}
     own = names[PROCESS::WORLD]
     for name in progress(own, len(own), f"masks of {folder}:"):
@@ -1243,8 +1249,8 @@ class Scenes(Dataset):
     """Item (epoch, i) is scene i: image (3, H, W), and mask (H, W) of indices in classes.
 
     classes: sorted values of masks. The index is -1 where the mask has another value, and
-    everywhere if the image cannot be read, or may not show what its mask does. flip: mirror half of
-    the scenes, drawn from (seed, epoch, i).
+    everywhere if the image is left out (see load). flip: mirror half of the scenes, drawn from
+    (seed, epoch, i).
     """
 
     def __init__(self, folder, names, size, classes, seed=0, flip=False):
@@ -1260,28 +1266,17 @@ class Scenes(Dataset):
 
     def folders(self):
         """Of images and of masks: the folder, and the names of all files in it."""
-        masks = [str(Path(name).with_suffix(".png")) for name in self.names]
+        masks = [mask_name(name) for name in self.names]
         return [(self.folder, self.names), (f"{self.folder}_masks", masks)]
 
     def __getitem__(self, item):
         epoch, index = item
-        name = self.names[index]
-        mask = load_mask(mask_path(self.folder, name))
         try:
-            path = os.path.join(self.folder, name)
-            image = load_image(path)
-            with Image.open(path) as file:
-                if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    raise OSError(f"{path} is turned by its EXIF data, and its mask may not be")
-            height, width = image.shape[1:]
-            aspect_ratio = (height / width) / (mask.shape[0] / mask.shape[1])
-            if not 0.95 < aspect_ratio < 1.05:
-                text = f"{height} x {width} pixels, its mask {mask.shape[0]} x {mask.shape[1]}"
-                raise OSError(f"{name} in {self.folder} has {text}")
+            image, mask = self.load(self.names[index])
         except OSError as error:
             warnings.warn(f"left out: {error}", stacklevel=1)
             return torch.zeros(3, *self.size, dtype=torch.uint8), torch.full(self.size, -1)
-        # The place of each value in classes, or -1
+        # The place of each value in classes, or -1 where it is not there
         indices = np.searchsorted(self.classes, mask).clip(max=len(self.classes) - 1)
         indices[self.classes[indices] != mask] = -1
         mask = torch.from_numpy(indices)[None]
@@ -1291,6 +1286,24 @@ class Scenes(Dataset):
         if self.flip and torch.rand(()) < 0.5:
             image = image.flip(-1)
             mask = mask.flip(-1)
+        return image, mask
+
+    def load(self, name):
+        """An image, and its mask. OSError if the image cannot be read, or may show something else
+        than the mask: if it is turned by its EXIF data, or has another aspect."""
+        mask = load_mask(mask_path(self.folder, name))
+        path = os.path.join(self.folder, name)
+        image = load_image(path)
+        with Image.open(path) as file:
+            if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                raise OSError(f"{path} is turned by its EXIF data, and its mask may not be")
+        height, width = image.shape[1:]
+        mask_height, mask_width = mask.shape
+        if not 0.95 < (height / width) / (mask_height / mask_width) < 1.05:
+            raise OSError(
+                f"{name} in {self.folder} has {height} x {width} pixels, "
+                f"its mask {mask_height} x {mask_width}"
+            )
         return image, mask
 
 
@@ -1378,6 +1391,25 @@ def find_prefix(path, names, key):
     return chosen[0]
 
 
+def rename(found, prefix):
+    """The tensors whose names begin with prefix, by the names of VisionTransformer; and the names
+    of those that it does not have."""
+    tensors = {}
+    left_out = []
+    for name, tensor in found.items():
+        if not name.startswith(prefix):
+            continue
+        name = name.removeprefix(prefix).replace("_orig_mod.", "")  # of torch.compile
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # DINOv2's chunks of blocks
+        if name == "reg_token":  # of timm
+            name = "register_tokens"
+        if name.startswith(("head.", "mask_token")):
+            left_out.append(name)
+        else:
+            tensors[name] = tensor
+    return tensors, left_out
+
+
 def load_backbone(path, key="teacher", num_heads=None):
     """The VisionTransformer in path, in eval mode, and the names of what was left out.
 
@@ -1388,20 +1420,7 @@ def load_backbone(path, key="teacher", num_heads=None):
     """
     found = read_tensors(path)
     prefix = find_prefix(path, found, key)
-    tensors = {}
-    left_out = []
-    for name, tensor in found.items():
-        if not name.startswith(prefix):
-            continue
-        name = name.removeprefix(prefix).replace("_orig_mod.", "")  # of torch.compile
-        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # chunks of FSDP
-        if name.startswith(("head.", "mask_token")):
-            left_out.append(name)
-        elif name == "reg_token":  # of timm
-            tensors["register_tokens"] = tensor
-        else:
-            tensors[name] = tensor
-
+    tensors, left_out = rename(found, prefix)
     layerscale = "blocks.0.ls1.gamma" in tensors
     side = 0
     if "pos_embed" in tensors:
@@ -1449,7 +1468,7 @@ def identify_run(args, model, folders):
 
 
 def write_classifier(args, run, weight, bias, classes, features):
-    """The file of the classifier: weight (classes, width) and bias, for the features that the text names."""
+    """The file of the classifier: weight (classes, width) and bias. features: text, what it sees."""
     if not weight.isfinite().all():
         sys.exit("the classifier is not finite: see --amp, --std, --weights")
     if PROCESS == 0:

@@ -16,6 +16,7 @@ same patches, which it sees:
     loss = mean ½‖z_s - z_t‖² - γ R(Z)        z_s and z_t: of two different views of an image
          + mean ½‖p_s - p_t‖²                 mean over the masked patches of a global crop (0 if it
                                               has none), then over all global crops
+
 CLS tokens and patches share the head. No coding rate is taken of patches; that of the CLS tokens,
 which attention computes from them, seems to be enough.
 
@@ -35,16 +36,16 @@ A step of the published run, with --group_size 128:
     --batch_size = rounds x processes x --batch_size_per_gpu        1024 = 1 x 8 x 128
 
 The first command draws ten kinds of patterns and trains on them, in three minutes on two CPU cores,
-with LayerScale 1, no stochastic depth and one learning rate. k-NN accuracy rises from 19 % to @KNN@
-% (seeds 0 to 2). The log shows for seed 0, and for a collapse:
+with LayerScale 1, no stochastic depth and one learning rate. k-NN accuracy rises from 19 % to 63.8,
+71.5 and 69.9 % (seeds 0 to 2). The log shows for seed 0, and for a collapse:
 
             step 10   step 400   collapse
-    loss    @L@    -1.563    -comp - expa - patch: the loss above minus 1.5
-    comp    @C@     1        mean cosine of z_s and z_t
-    expa    @E@     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
-    patch   @P@     0.5      mean cosine of p_s and p_t; at most 0.5, as half of the crops
-                                           have no mask and add 0
-    rank    @R@     1        directions in use by 64 images x 2 views
+    loss    -1.287     -1.828    -1.563    -comp - expa - patch: the loss above minus 1.5
+    comp     0.907      0.293     1        mean cosine of z_s and z_t
+    expa     0.157      1.254     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
+    patch    0.223      0.281     0.5      mean cosine of p_s and p_t. A crop without mask adds 0: as
+                                           half of them have one, 0.5 is the best
+    rank     1.6       62.6       1        directions in use by 64 images x 2 views
 
 Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the

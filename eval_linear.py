@@ -10,10 +10,12 @@
     python eval_linear.py --weights FILE --export OUT.pth                    # for timm
 
 FILE holds a plain ViT of simdino.py, simdinov2.py, official SimDINO(v2), DINO(v2) or timm. Its
-architecture is read off the shapes of its weights. What is not in them may have to be given: the
---num_heads of an unusual width, and --mean and --std if it expects other pixels than ImageNet's.
+architecture is read off the shapes of its weights, but for the number of heads, which is guessed by
+the width: see --num_heads. See also --mean and --std, if it expects other pixels than ImageNet's.
 
-The first command computes k-NN accuracies, with DINO's weighted vote. Then it trains 52 linear
+The first command computes k-NN accuracies, with DINO's weighted vote, of the central crop of each
+image (smaller images than DINO's 256 pixels are not enlarged to these: see center_crop). On a GPU,
+features are in half precision. Then it trains 52 linear
 classifiers at once on random crops of the images: DINOv2's 4 kinds of features x 13 learning rates.
 The best one is chosen on images of train/ that are held out; of the classifiers, it alone is tried
 on val/. If train/ has fewer than 1,000 images, it has then been trained once more, on all. With
@@ -23,7 +25,7 @@ only once.
 --output_dir then has:
 
     results.jsonl           a line for each run, with its id, figures and options
-    predictions-ID.csv      for each image judged: its class, that of k-NN (k = 20), and of the probe
+    predictions-ID.csv      for each image judged: its class, that of k-NN (k = 20), of the probe
     classifier-ID.pth       the chosen classifier
 
 With the same --batch_size, the figures are the same on any number of processes, up to rounding. If
@@ -42,7 +44,6 @@ The grid of classifiers: "DINOv2", Oquab et al., arXiv 2304.07193.
 import argparse
 import atexit
 import csv
-import errno
 import hashlib
 import io
 import json
@@ -75,11 +76,14 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid, save_image
 
-# torchrun starts a process for each GPU. It sets the number of processes, the number of this
-# process, and the number of its GPU.
+# torchrun starts a process for each GPU. It sets the number of processes, and for each process its
+# number and that of its GPU. A single one takes 0, as these may be left over from another run.
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-PROCESS = int(os.environ.get("RANK", "0")) % WORLD  # RANK may be left over from another run
-GPU = int(os.environ.get("LOCAL_RANK", "0"))
+PROCESS = 0
+GPU = 0
+if WORLD > 1:
+    PROCESS = int(os.environ.get("RANK", "0"))
+    GPU = int(os.environ.get("LOCAL_RANK", "0"))
 
 # ============================================================================== 1. What is computed
 
@@ -112,7 +116,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
     def forward(self, x):
-        return x * self.gamma.to(x.dtype)
+        return x * self.gamma.to(x.dtype)  # in half precision under autocast
 
 
 class Block(nn.Module):
@@ -234,8 +238,8 @@ def center_crop(image, size):
 
 @torch.no_grad()
 def encode(model, x):
-    """uint8 (B, 3, H, W) -> (B, 5, D). Row 0 is the CLS token of the last block, row 1 its mean patch
-    token, and rows 2 to 4 are the CLS tokens of the three blocks before it."""
+    """uint8 (B, 3, H, W) -> (B, 5, D). Row 0 is the CLS token of the last block, row 1 its mean
+    patch token, and rows 2 to 4 are the CLS tokens of the three blocks before it."""
     with model.autocast:
         layers = model.get_intermediate_layers(model.normalize(x), 4)
     cls = [tokens[:, 0] for tokens in layers]
@@ -334,30 +338,24 @@ def hold_out(labels, fewest, seed):
     n = len(labels)
     wanted = min(max(n // 10, fewest), n // 2, 10000)
     order = np.random.default_rng(seed).permutation(n)
-    held = []
-    classes = set()  # of the images so far, whose first ones are not held out
-    for i in order:
-        if labels[i] in classes and len(held) < wanted:
-            held.append(i)
-        classes.add(labels[i])
+    _, firsts = np.unique(labels[order], return_index=True)  # of each class, places in this order
+    held = np.delete(order, firsts)[:wanted]
     if len(held) < fewest / 5:
         sys.exit(f"of {n} images, only {len(held)} can be held out: too few to choose a classifier")
-    return np.array(held), np.setdiff1d(order, held)
+    return held, np.setdiff1d(order, held)
 
 
 def choose(top1):
     """The number of the best candidate, by the accuracies of all on held-out images.
 
     Of few images, a single accuracy is much a matter of chance. So a candidate counts by the median
-    of its own accuracy and those at the next lower and the next higher rate, of the same kind; at
-    an end of the rates, by that of the three last. Among equals, its own accuracy decides.
+    of its own accuracy and those at the next lower and the next higher rate, of the same kind. One
+    at an end of the rates counts as its neighbour. Among equals, its own accuracy decides.
     """
-    medians = []
-    for of_kind in np.reshape(top1, (len(KINDS), len(RATES))):
-        for i in range(len(RATES)):
-            first = min(max(i - 1, 0), len(RATES) - 3)
-            medians.append(np.median(of_kind[first : first + 3]))
-    return max(range(len(top1)), key=lambda number: (medians[number], top1[number]))
+    top1 = np.reshape(top1, (len(KINDS), len(RATES)))
+    medians = np.median([top1[:, :-2], top1[:, 1:-1], top1[:, 2:]], axis=0)
+    medians = np.pad(medians, ((0, 0), (1, 1)), mode="edge")
+    return max(range(top1.size), key=lambda number: (medians.flat[number], top1.flat[number]))
 
 
 def items_of_steps(count, args, first_epoch):
@@ -476,8 +474,8 @@ class PatchProbe(nn.Module):
 
 @torch.no_grad()
 def confusion_matrices(probe, numbers, scenes, args, model):
-    """Returns, for each of these candidates, a matrix (classes, classes): in row i and column j, how
-    many pixels of class i were predicted to be j; and how many scenes had a pixel with a class.
+    """Returns, for each of these candidates, a matrix (classes, classes): in row i and column j,
+    how many pixels of class i were predicted to be j; and how many scenes had a pixel with a class.
     Each process takes its share of the scenes."""
     items = in_batches([(0, i) for i in range(PROCESS, len(scenes), WORLD)], args)
     batches = encoded_batches(encode_patches, model, scenes, args, items)
@@ -560,7 +558,7 @@ def parse_args(argv=None):
     option(
         "--amp",
         "auto",
-        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, which is auto on a CPU",
+        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, as auto on a CPU",
         choices=("auto", "bf16", "fp16", "off"),
     )
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -612,15 +610,16 @@ def main():
     model.mean = args.mean
     model.std = args.std
     patch = model.patch_size
-    args.num_heads = model.blocks[0].attn.num_heads  # for the results, where it was a guess
-    say(f"{args.weights}: {model.prefix}*, left out of these: {', '.join(left_out) or 'nothing'}")
+    heads = "as given"
+    if args.num_heads is None:
+        heads = "a guess by the width, see --num_heads"
+        args.num_heads = model.blocks[0].attn.num_heads  # for the results
+    say(f"{args.weights}: weights {model.prefix}*; not used of these: {', '.join(left_out) or '-'}")
     say(
-        f"{model.width} wide, {len(model.blocks)} blocks, {args.num_heads} heads, {model.side} x "
-        f"{model.side} patches of {patch} pixels, {model.first_patch - 1} registers; pixels of mean "
-        f"{args.mean} and std {args.std}"
+        f"{model.width} wide, {len(model.blocks)} blocks, {args.num_heads} heads ({heads}), "
+        f"{model.side} x {model.side} patches of {patch} pixels, {model.first_patch - 1} registers; "
+        f"pixels of mean {args.mean} and std {args.std}"
     )
-    if len(model.blocks) < 4:
-        sys.exit("a model of fewer than 4 blocks cannot be judged")
     if args.crop_size is None:
         args.crop_size = min(224 // patch, model.side) * patch
     check_sides(args, patch)
@@ -682,8 +681,8 @@ def classify(args, model):
         say(f"k-NN with k = {k} on {val.root}: {in_words(figures)}")
     if results["features_of_train"]:
         say(
-            f"{results['features_of_train']} of {len(val.names)} images to judge on have the features "
-            "of a training image: if they are copies of it, all accuracies are too high"
+            f"{results['features_of_train']} of {len(val.names)} images to judge on have the "
+            "features of a training image: if they are copies of it, all accuracies are too high"
         )
     k = min(20, max(knn_labels))  # DINO's k; all, if there are fewer
     predictions = {"knn": knn_labels[k]}
@@ -929,7 +928,8 @@ def export(args, model):
 def start_process():
     """Connect this process with the others. Returns its device."""
     if __name__ == "__main__":
-        atexit.register(os._exit, 1)  # an exit before end_process is an error
+        # Leave without waiting for workers or threads. An exit before end_process is an error: 1.
+        atexit.register(os._exit, 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
     name = "the CPU"
@@ -1013,8 +1013,8 @@ SPLITS = ("val", "valid", "validation", "test")  # names of a folder to judge on
 
 def load_image(path):
     """An image file -> uint8 (3, H, W), RGB, upright by its EXIF data; the first of several frames.
-    OSError, which names the file, if it cannot be decoded. RuntimeError if the machine is at fault:
-    it ends the run, which can go on later."""
+    OSError, which names the file, if it cannot be decoded. RuntimeError if it cannot be opened or
+    read, as the machine may be at fault: this ends the run, which can go on later."""
     try:
         if Path(path).is_fifo():
             raise ValueError("a pipe, which might never end")
@@ -1026,8 +1026,8 @@ def load_image(path):
                 raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
             return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # there is no end to what a decoder may raise
-        faults = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in faults:
+        # Errors of the operating system have a number; those of decoders have none.
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise RuntimeError(f"cannot read {path}") from error
         raise OSError(f"cannot read {path}: {error}") from error
 
@@ -1156,8 +1156,8 @@ def encoded_batches(encoder, model, images, args, item_lists):
 
 
 def cached_batches(train, chosen, item_lists):
-    """The same, but from train.features. The image of an item is a place in chosen, an array of
-    numbers of images of train."""
+    """As encoded_batches, but of features that are there. In an item (epoch, i), i is for the image
+    chosen[i] of train."""
     for items in item_lists:
         places = [place for _, place in items]
         rows = torch.from_numpy(chosen[places]).to(train.features.device)
@@ -1168,11 +1168,13 @@ def cached_batches(train, chosen, item_lists):
 def extract(images, model, args):
     """Of the images that can be read and have a label, on all processes: names, labels (n,), and
     features of encode (n, 5, D), or (n, 1, D) if there is no probe."""
+    if len(model.blocks) < 4:
+        sys.exit("a model of fewer than 4 blocks cannot be judged")
     n = len(images)
     # The processes take equally many images: some are taken twice, and cut off at the end.
     share = math.ceil(n / WORLD)
-    row = PROCESS * share  # the first of its rows
-    items = in_batches([(0, i % n) for i in range(row, row + share)], args)
+    first = PROCESS * share
+    items = in_batches([(0, i % n) for i in range(first, first + share)], args)
     batches = encoded_batches(encode, model, images, args, items)
     kept_rows = 5 if args.epochs and not args.embed else 1
     dtype = torch.float32 if args.amp == "off" else torch.float16
@@ -1180,6 +1182,7 @@ def extract(images, model, args):
     # Room for all from the start, as they may not fit in memory twice
     features = torch.zeros(WORLD * share, kept_rows, model.width, dtype=dtype, device=device)
     labels = torch.zeros(WORLD * share, dtype=torch.long, device=device)
+    row = first  # where the next features go
     for z, y in progress(batches, len(items), f"{images.root}: batch"):
         z = z[:, :kept_rows].to(dtype)
         if not z.isfinite().all():
@@ -1341,7 +1344,7 @@ SCALAR = np.float64(0).__reduce__()[0]  # rebuilds it; NumPy 1 and 2 pickle it b
 SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 SAFE += [argparse.Namespace, np.dtype]
 SAFE += [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-HEADS_OF = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16}  # width: heads, of the standard ViTs
+HEADS_OF = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16}  # width: heads, of our and DINO's ViTs
 PATCHES = "patch_embed.proj.weight"  # the name by which a vision transformer is found
 
 
@@ -1371,8 +1374,8 @@ def read_tensors(path):
         if not code:
             sys.exit(f"{path} is damaged, or no file of weights")
         sys.exit(
-            f"{path} needs code, {code[1]}, which is not run. If you trust it, save its tensors alone: "
-            f"open it by torch.load('{path}', weights_only=False)"
+            f"{path} needs code, {code[1]}, which is not run. If you trust it, open it by "
+            f"torch.load('{path}', weights_only=False), and save its tensors alone"
         )
 
 
@@ -1380,10 +1383,10 @@ def find_prefix(path, names, key):
     """What the names of the chosen model begin with: for the key teacher, for example, "teacher.",
     "teacher.backbone." or "teacher_backbone."; "" if the file has nothing but one model."""
     prefixes = [name.removesuffix(PATCHES) for name in names if f".{name}".endswith(f".{PATCHES}")]
-    chosen = [prefix for prefix in prefixes if key in prefix.split(".")]
+    chosen = [prefix for prefix in prefixes if key in prefix.split(".")]  # a whole part of it
     if not chosen:
-        chosen = [prefix for prefix in prefixes if key in prefix]
-    if not chosen and key == "teacher":  # the default
+        chosen = [prefix for prefix in prefixes if key in prefix]  # a part of a part
+    if not chosen and key == "teacher":  # the default: the only model
         chosen = prefixes
     if len(chosen) != 1:
         has = f"{PATCHES} under {prefixes}" if prefixes else f"no {PATCHES}, but {[*names][:5]}"
@@ -1468,7 +1471,7 @@ def identify_run(args, model, folders):
 
 
 def write_classifier(args, run, weight, bias, classes, features):
-    """The file of the classifier: weight (classes, width) and bias. features: text, what it sees."""
+    """The file of the classifier: weight (classes, width), bias. features: text, what it sees."""
     if not weight.isfinite().all():
         sys.exit("the classifier is not finite: see --amp, --std, --weights")
     if PROCESS == 0:
@@ -1483,9 +1486,11 @@ def write_results(args, run, results):
     entry = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "weights": args.weights, **results, **run}
     if PROCESS == 0:
         path = Path(args.output_dir, "results.jsonl")
-        lines = path.read_bytes() if path.exists() else b""
-        lines += json.dumps(entry).encode() + b"\n"
-        write(path, lambda file: file.write(lines))
+        line = json.dumps(entry) + "\n"
+        if path.exists() and path.read_text()[-1:] not in ("", "\n"):  # half a line: a full disk
+            line = "\n" + line
+        with path.open("a") as file:
+            file.write(line)
         for state in Path(args.output_dir).glob(f"probe-{run['id']}-*.pth"):
             state.unlink()
     say(f"results are in {args.output_dir}, with the id {run['id']}")

@@ -15,9 +15,9 @@ Views of one image are pulled together, and different images are kept apart:
     loss = mean ½‖z_s - z_t‖² - γ R(Z)        z_s and z_t: of two different views of an image
     R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
 
-The mean is over all images and all such pairs of views. Z is made of one global view of n images,
-which are called a group: each image has the row (z_s + z_t) / 2, where both are of this view. In
-the loss, R(Z) is averaged over the groups of a step and over both global views.
+The mean is over all images and all such pairs of views. Z is of one global view of n images, which
+are called a group. Each image gives Z a row, (z_s + z_t) / 2, where both vectors are of this view.
+In the loss, R(Z) is averaged over the groups of a step and over both global views.
 
 The first term alone is 0 when all images get the same vector: the features collapse. DINO avoids
 this by centering and sharpening its scores of 65,536 prototypes. Here R is enough. If all images
@@ -42,9 +42,9 @@ from 17 % to 59.1, 62.6 and 62.0 % (seeds 0 to 2). The log shows for seed 0, and
     expa     0.105      1.296     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
     rank     1.1       65.8       1        directions in use by 64 images x 2 views
 
-In the warm-up, here the first epoch, the rank of a healthy run falls to 1.1; it then grows. If it
-is below 2 an epoch after the warm-up, the features have collapsed. comp falls far below 1 where R
-gains more than comp loses: here to 0.245, in the published run to 0.858.
+In the warm-up (here the first epoch) the rank is close to 1 in a healthy run, too; then it grows.
+So judge it an epoch after the warm-up: below 2 is a collapse. comp ends below 1, because R gains
+more by different vectors than comp loses: here at 0.245, in the published run at 0.858.
 
 Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
@@ -57,7 +57,6 @@ Paper: "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, 
 import argparse
 import atexit
 import copy
-import errno
 import hashlib
 import io
 import json
@@ -68,7 +67,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -87,11 +86,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
-# torchrun starts a process for each GPU. It sets the number of processes, the number of this
-# process, and the number of its GPU.
+# torchrun starts a process for each GPU. It sets the number of processes, and for each process its
+# number and that of its GPU. A single one takes 0, as these may be left over from another run.
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-PROCESS = int(os.environ.get("RANK", "0")) % WORLD  # RANK may be left over from another run
-GPU = int(os.environ.get("LOCAL_RANK", "0"))
+PROCESS = 0
+GPU = 0
+if WORLD > 1:
+    PROCESS = int(os.environ.get("RANK", "0"))
+    GPU = int(os.environ.get("LOCAL_RANK", "0"))
 
 # ==================================================================================== 1. The method
 
@@ -131,8 +133,8 @@ class SimDINOLoss(torch.nn.Module):
     """loss = -coeff comp - γ R. If coeff is 1, this is mean ½‖z_s - z_t‖² - 1 - γ R.
 
     comp (official name, from "compression") is the mean cosine of z_s and z_t, 1 - ½‖z_s - z_t‖²,
-    over all pairs of a teacher's and a student's view of an image. A view is not paired with itself,
-    as such a pair teaches no invariance. expa (from "expansion") is γ R.
+    over all pairs of a teacher's and a student's view of an image. A view is not paired with
+    itself, as such a pair teaches no invariance. expa (from "expansion") is γ R.
 
     eps_sq: ε². group_size: n, the images whose rows make one Z. R is the mean over these groups and
     over the teacher's views. None, or more than all images: one group. The published models had
@@ -163,12 +165,9 @@ class SimDINOLoss(torch.nn.Module):
 
         student: V views of B images, (V, B, d). teacher: the first G of these views, (G, B, d).
         Rows are scaled to length 1 (ProjectionHead's have it): longer rows would raise R without
-        being more diverse. Groups of n = group_size images are formed of
-            the images of each process              if n divides B
-            those of all processes, gathered        else, if n divides their number
-            the images of each process, but for     else, if n < B; if not, ValueError
-                the last B % n, which R leaves out
-        Not checked: that B is the same on all processes.
+        being more diverse. Groups of n = group_size images are formed of the images of each process
+        if n divides B, else of those of all processes, which are gathered. ValueError if n divides
+        neither. Not checked: that B is the same on all processes.
         """
         dtype = torch.promote_types(student.dtype, torch.float32)
         student = torch.nn.functional.normalize(student.to(dtype), dim=-1)
@@ -182,21 +181,19 @@ class SimDINOLoss(torch.nn.Module):
             raise ValueError(f"{G} views of {total} images: the order is (views, images, d)")
 
         # comp is a mean over images, so the mean of comp over processes is that of all images.
-        cosine = (teacher[:, None] * student).sum(-1).mean(-1)  # (G, V)
-        same_view = cosine.diagonal()
-        comp = (cosine.sum() - same_view.sum()) / (G * (V - 1))
+        cosine = (teacher[:, None] * student).sum(-1).mean(-1)  # (G, V), of each pair of views
+        of_same_view = cosine.diagonal()  # G of the G V pairs
+        comp = (cosine.sum() - of_same_view.sum()) / (G * (V - 1))
 
         z = student[:G]  # (G, B, d)
         if self.expa_type == 1:
             z = (z + teacher) / 2
         n = total if self.group_size is None else min(self.group_size, total)
         if B % n != 0:
-            if total % n == 0:
-                z = self.gather(z)  # (G, total, d)
-            elif n > B:
-                raise ValueError(f"group_size {n} does not divide the {total} images")
-        groups = z.shape[1] // n
-        z = z[:, : groups * n].unflatten(1, (groups, n))  # (G, groups, n, d)
+            z = self.gather(z)  # (G, total, d)
+        if z.shape[1] % n != 0:
+            raise ValueError(f"group_size {n} divides neither {B} images nor the {total} of all")
+        z = z.unflatten(1, (-1, n))  # (G, groups, n, d)
         gamma = self.default_gamma(d, total) if self.gamma is None else self.gamma
         expa = gamma * coding_rate(z, self.eps_sq).mean()
         return -self.coeff * comp - expa, {"comp": comp.detach(), "expa": expa.detach()}
@@ -223,8 +220,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # DDP will divide the sum of all processes' gradients by world. Through these rows, only this
-        # process has a gradient. So it is made `world` times as large; the value is that of z.
+        # z - own is 0, so the value is that of z, but the gradient is `world` times that of z. For
+        # DDP will divide by world, and no other process has a gradient through these rows.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -261,11 +258,11 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-def add_branch(x, branch, factor):
-    """x + branch(x) factor, where the factor (B, 1, 1) of a sample may be 0. None: 1 for all."""
+def add_branch(x, branch, keep):
+    """x + branch(x) keep. keep: (B, 1, 1), a factor for each sample, or None for 1."""
     y = branch(x)
-    if factor is not None:
-        y = y * factor.to(y.dtype)
+    if keep is not None:
+        y = y * keep.to(y.dtype)
     return x + y
 
 
@@ -341,12 +338,13 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"{h} x {w} pixels: not multiples of patch size {self.patch_size}")
         x = self.patch_embed(x).flatten(2).mT  # (B, N, D)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x + self.position_embedding(h // self.patch_size, w // self.patch_size)
+        x = x + self.position_embedding(h // self.patch_size, w // self.patch_size)
+        return x
 
     def stochastic_depth(self, x):
         """The argument keep of each block, drawn for the samples of x. In training, a branch is
-        skipped at a rate that rises with depth from 0 to drop_path_rate. A branch that is computed
-        is divided by 1 - rate, so that its mean stays the same."""
+        multiplied by 0 at a rate that rises with depth from 0 to drop_path_rate. Else it is divided
+        by 1 - rate, so that its mean stays the same."""
         depth = len(self.blocks)
         if not (self.training and self.drop_path_rate):
             return [(None, None)] * depth
@@ -531,7 +529,7 @@ def normalize_colors(x):
 # ---------------------------------------------------------------------------------- a training step
 
 
-# What a step returns for the log: names on the terminal, and in log.txt
+# What a step returns for the log: the names on the terminal, and in log.txt (the official ones)
 FIGURES = {
     "loss": "train_loss",
     "comp": "train_comp_loss",
@@ -546,9 +544,9 @@ class SimDINO:
     it has no buffers. head: maps features to unit rows. rounds: micro-batches that this process
     takes in a step.
 
-    R prevents collapse, unless the learning rate is too high. In this example, 1e-3 without a
-    warm-up is too high. A teacher is still used. As the mean of many past students it is a steadier target
-    than the student itself, and its features are better than the student's (DINO).
+    R prevents collapse, unless the learning rate is too high: in this example, 1e-3 is. A teacher
+    is still used. As the mean of many past students it is a steadier target than the student
+    itself, and its features are better than the student's (DINO).
 
         images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
         make_views = MultiCrop(32, 16, local_crops=6)
@@ -602,17 +600,16 @@ class SimDINO:
         for number, (seed, views) in enumerate(micro_batches, start=1):
             torch.manual_seed(seed)  # for augmentation and stochastic depth
             views = augment([view.to(self.device, non_blocking=True) for view in views])
-            is_last = number == self.rounds
-            self.model.require_backward_grad_sync = (
-                is_last  # DDP averages once a step; see its no_sync()
-            )
+            # DDP averages the gradients once a step (see its no_sync). Nothing else reads this.
+            self.model.require_backward_grad_sync = number == self.rounds
             with self.autocast:
                 with torch.no_grad():
                     z_t = self.teacher(views[:2])  # (2, B, d)
                 z_s = self.model(views)  # (V, B, d)
             loss, stats = self.loss_fn(z_s, z_t)
             self.scaler.scale(loss / self.rounds).backward()
-            figures.append(torch.stack([loss.detach(), *stats.values()]))  # in their order
+            stats["loss"] = loss.detach()
+            figures.append(torch.stack([stats[name] for name in FIGURES]))
 
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad:  # each tensor by itself, as DINO does
@@ -639,10 +636,12 @@ class SimDINO:
 
 
 def parameter_groups(student):
-    """AdamW's groups of parameters. decay_scale: 0 for biases and norms, which have one dimension."""
-    decayed = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]
-    return [{"params": decayed, "decay_scale": 1.0}, {"params": others, "decay_scale": 0.0}]
+    """AdamW's groups of parameters. decay_scale: 0 for biases and norms, of one dimension."""
+    groups = defaultdict(list)
+    for p in student.parameters():
+        decay_scale = float(p.ndim > 1)
+        groups[decay_scale].append(p)
+    return [{"params": params, "decay_scale": scale} for scale, params in groups.items()]
 
 
 # ======================================================================================= 2. The run
@@ -669,7 +668,7 @@ SMALL = {
     "saveckp_freq": 0,
     "eval_freq": 4,
 }
-# Options that may change when a run is resumed; other ones make it another run
+# Options that may change when a run is resumed. With any other change, restore() refuses.
 MAY_CHANGE_ON_RESUME = {
     "data_path",  # the images are compared instead: see start_run
     "output_dir",
@@ -748,7 +747,7 @@ def parse_args(argv=None):
     option(
         "--amp",
         "auto",
-        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, which is auto on a CPU",
+        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, as auto on a CPU",
         choices=("auto", "bf16", "fp16", "off"),
     )
     switch("--compile", "compile the transformer's blocks")
@@ -771,7 +770,7 @@ def parse_args(argv=None):
 
 
 def check_sizes(parser, args):
-    """End the program if the run would silently be another one, or fail late."""
+    """End the program if the sizes do not fit together."""
     micro_batch = args.batch_size_per_gpu
     round_size = WORLD * micro_batch
     if round_size < 1 or args.batch_size % round_size:
@@ -849,9 +848,10 @@ class MicroBatches(Dataset):
     """Item (step, number): one of the micro-batches of a step, as SimDINO.step takes it.
 
     An epoch's images, in random order, are cut into steps of batch_size images; the rest is left
-    out. A step is cut into micro-batches. The views of an image are drawn from (seed, epoch, image),
-    all else from (seed, step, number). So with the same batch_size_per_gpu, a run is the same on
-    any number of processes, up to rounding. On a CPU, a resumed run ends with the same bits.
+    out. A step is cut into micro-batches. The views of an image are drawn from (seed, epoch,
+    image), all else from (seed, step, number). So with the same batch_size_per_gpu, a run is the
+    same on any number of processes, up to rounding. On a CPU, a resumed run ends with the same
+    bits.
     """
 
     def __init__(self, images, args):
@@ -949,9 +949,8 @@ def start_run(args, path, images, model):
     elif args.pretrained_weights is not None:
         load_pretrained(args.pretrained_weights, model)
     steps_per_epoch = len(images) // args.batch_size
-    # With --resume_anyway, the epoch may now have fewer steps than are done of it. Then the last one
-    # is done again, so that the epoch ends as usual.
-    run["figures"] = run["figures"][: steps_per_epoch - 1]
+    if len(run["figures"]) >= steps_per_epoch:  # only with --resume_anyway and fewer images
+        run["figures"] = run["figures"][: steps_per_epoch - 1]  # the last step is done again
     run["step"] = run["epoch"] * steps_per_epoch + len(run["figures"])
     if len(set(gather_values((run["images_hash"], run["step"])))) > 1:
         sys.exit("the processes find different images or checkpoints: they have to share a disk")
@@ -1003,7 +1002,8 @@ def meet(figures, signals, last_save):
 def check_finite(figures, model):
     """End the run if a loss, a weight or a moment is not finite."""
     is_finite = all(math.isfinite(loss) for loss, *_ in figures) and model.is_finite()
-    if not is_finite or model.scaler.get_scale() < 1:  # fp16 has tried all scales; else it is 1
+    # In fp16, each overflow halves the scale, from 65,536; without fp16, get_scale() is 1.
+    if not is_finite or model.scaler.get_scale() < 1:
         sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
 
 
@@ -1038,6 +1038,25 @@ def end_epoch(run, schedule, rank, images_per_second, data_wait):
     run["figures"] = []
 
 
+def open_stream(images, args, model, steps, loader_options):
+    """The Stream of the micro-batches that this process takes in these steps."""
+    # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
+    numbers = range(PROCESS, model.rounds * WORLD, WORLD)
+    items = product(steps, numbers)
+    dataset = MicroBatches(images, args)
+    return Stream(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
+
+
+def warn_of_few_steps(schedule, steps):
+    """Print how much of its first weights the teacher keeps, if it is much."""
+    kept = math.prod(schedule["momentum"][:steps])
+    if kept > 0.1:
+        say(
+            f"only {steps} steps: the teacher, which is the result, keeps {100 * kept:.0f} % "
+            "of its first weights. More steps or a lower --momentum_teacher would change that"
+        )
+
+
 def main():
     """Train. The run is saved after epochs (but at most once a minute), every 15 minutes, at a
     signal, and at the end."""
@@ -1056,32 +1075,22 @@ def main():
     if args.max_steps:
         last_step = min(last_step, args.max_steps)
     schedule = schedules(args, steps_per_epoch)
-    kept = math.prod(schedule["momentum"][:last_step])
-    if kept > 0.1:
-        say(
-            f"only {last_step} steps: the teacher, which is the result, keeps {100 * kept:.0f} % "
-            "of its first weights. More steps or a lower --momentum_teacher would change that"
-        )
+    warn_of_few_steps(schedule, last_step)
     run = start_run(args, path, images, model)
     if run["step"] == 0:  # a full disk, or another run in this folder, is then noticed at once
         save(path, run, model)
     if run["step"] >= last_step:
         say(f"nothing is left to train: all {last_step} steps are done")
     signals = catch_signals()
-
     loader_options = choose_loader_options(args, device)
     loader_options["worker_init_fn"] = ignore_signals
-    # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
-    numbers = range(PROCESS, model.rounds * WORLD, WORLD)
-    items = product(range(run["step"], last_step), numbers)
-    dataset = MicroBatches(images, args)
-    stream = Stream(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
+    stream = open_stream(images, args, model, range(run["step"], last_step), loader_options)
     # After some ten rounds, the CPU waits for the GPU, and a line may be printed or the run saved.
     steps_at_a_time = math.ceil(10 / model.rounds)
     last_save = time.monotonic()
     last_line = 0.0
 
-    # Accuracy before the first epoch, or that which an interruption has left out
+    # The accuracy before the first epoch, or one that an interruption prevented
     log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
     while run["step"] < last_step:
         # An epoch begins here, or goes on after an interruption.
@@ -1131,15 +1140,16 @@ def main():
 
 # How a run ends. After its last step: by end_process, with status 0. At a signal: main saves and
 # leaves. At an error: Python prints it, the process leaves with status 1, and torchrun ends the
-# others. In each case os._exit is called, as Python would wait for the data-loading workers: for
-# ever if one hangs, or ignores Python's SIGTERM. They ignore signals because torchrun and terminals
-# send these to all processes, but the steps that are under way still need their images.
+# others. The data-loading workers ignore signals: torchrun and terminals send them to workers, too,
+# but the steps that are under way still need images. Python would therefore wait for them without
+# end when it exits. os._exit does not wait.
 
 
 def start_process():
     """Connect this process with the others. Returns its device."""
     if __name__ == "__main__":
-        atexit.register(os._exit, 1)  # an exit before end_process is an error
+        # Leave without waiting for workers or threads. An exit before end_process is an error: 1.
+        atexit.register(os._exit, 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
     name = "the CPU"
@@ -1249,8 +1259,8 @@ SPLITS = ("val", "valid", "validation", "test")  # names of a folder to judge on
 
 def load_image(path):
     """An image file -> uint8 (3, H, W), RGB, upright by its EXIF data; the first of several frames.
-    OSError, which names the file, if it cannot be decoded. RuntimeError if the machine is at fault:
-    it ends the run, which can go on later."""
+    OSError, which names the file, if it cannot be decoded. RuntimeError if it cannot be opened or
+    read, as the machine may be at fault: this ends the run, which can go on later."""
     try:
         if Path(path).is_fifo():
             raise ValueError("a pipe, which might never end")
@@ -1262,8 +1272,8 @@ def load_image(path):
                 raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
             return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # there is no end to what a decoder may raise
-        faults = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in faults:
+        # Errors of the operating system have a number; those of decoders have none.
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise RuntimeError(f"cannot read {path}") from error
         raise OSError(f"cannot read {path}: {error}") from error
 
@@ -1408,7 +1418,7 @@ def draw_pattern(kind, rng, size=32):
     ]
     height = heights[kind]
     light = np.sign(height - np.median(height)) * rng.choice([-1, 1])
-    light = light.reshape(size, 2, size, 2).mean((1, 3))
+    light = light.reshape(size, 2, size, 2).mean((1, 3))  # of 2 x 2, for smooth edges
     noise = rng.normal(0, rng.uniform(3, 15), (size, size))
     light = 128 + rng.uniform(-15, 15) + rng.uniform(50, 110) * light + noise
     return Image.fromarray(light.clip(0, 255).astype(np.uint8))
@@ -1448,12 +1458,12 @@ def center_crop(image, size):
 
 def log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options):
     """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log."""
-    is_between_epochs = not run["figures"]
-    is_known = is_between_epochs and run["log"] and run["log"][-1]["knn"] is not None
-    if not knn_images or is_known:
+    if not knn_images:
         return
-    is_epoch_to_judge = is_between_epochs and run["epoch"] % args.eval_freq == 0
-    if not is_epoch_to_judge and run["step"] < last_step:
+    is_between_epochs = not run["figures"]
+    is_due = is_between_epochs and run["epoch"] % args.eval_freq == 0
+    is_known = is_between_epochs and run["log"] and run["log"][-1]["knn"] is not None
+    if is_known or not (is_due or run["step"] >= last_step):
         return
     say("k-NN: computing the features of all images", passing=True)
     bank = embed(model, knn_images["train"], loader_options)

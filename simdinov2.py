@@ -10,42 +10,44 @@ On one device, python does the same as torchrun.
 Read simdino.py first: the diff of the two files is what this one adds. DINOv2 adds a second task to
 DINO, the masked patches of iBOT. In half of the global crops of a micro-batch, 10 to 50 % of the
 patches are masked for the student: a learned token takes the place of their embeddings. For these
-patches, the student's head gives unit vectors p_s. They are pulled to p_t, the teacher's for the
-same patches, which it sees:
+patches, the student's head gives unit vectors p_s. They are pulled to p_t, the teacher's of the
+same patches. The teacher's crops are not masked.
 
     loss = mean ½‖z_s - z_t‖² - γ R(Z)        z_s and z_t: of two different views of an image
          + mean ½‖p_s - p_t‖²                 mean over the masked patches of a global crop (0 if it
                                               has none), then over all global crops
 
-CLS tokens and patches share the head. No coding rate is taken of patches; that of the CLS tokens,
-which attention computes from them, seems to be enough.
+CLS tokens and patches share the head. R is taken of CLS tokens only. These attend to the patches,
+which seems to keep the patches from collapsing, too.
 
 What differs from DINOv2's default configuration, whose values are in brackets:
 
-    registers            4 (0)        tokens without a place in the image. Without them, large ViTs
-                                      store what they know of the whole image in the tokens of
-                                      plain background patches
-    LayerScale           0.1 (1e-5)   factors of each branch, at the start
-    stochastic depth     0.2 (0.3)    share of the samples for which a branch is not computed
-    teacher's momentum   0.9 (0.992)  at the start
-    local crops          10 (8)       and as DINO's: shares of the area 0.4 to 1 and 0.05 to 0.4
-                                      (0.32 to 1 and 0.05 to 0.32)
+    registers             4 (0)           tokens without a place in the image. Without them, large
+                                          ViTs store what they know of the whole image in the
+                                          tokens of plain background patches
+    LayerScale            0.1 (1e-5)      factors of each branch, at the start
+    stochastic depth      0.2 (0.3)       share of the samples for which a branch is not computed
+    momentum_teacher      0.9 (0.992)     at the start
+    local crops           10 (8)
+    area of global crops  0.4 to 1 (0.32 to 1)
+    area of local crops   0.05 to 0.4 (0.05 to 0.32)
+    positions             interpolated with antialiasing (without)
 
 A step of the published run, with --group_size 128:
 
     --batch_size = rounds x processes x --batch_size_per_gpu        1024 = 1 x 8 x 128
 
 The first command draws ten kinds of patterns and trains on them, in three minutes on two CPU cores,
-with LayerScale 1, no stochastic depth and one learning rate. k-NN accuracy rises from 19 % to 63.8,
-71.5 and 69.9 % (seeds 0 to 2). The log shows for seed 0, and for a collapse:
+with LayerScale 1, no stochastic depth and all layers at one learning rate. k-NN accuracy rises from
+19 % to 65.5, 67.9 and 66.5 % (seeds 0 to 2). The log shows for seed 0, and for a collapse:
 
             step 10   step 400   collapse
-    loss    -1.287     -1.828    -1.563    -comp - expa - patch: the loss above minus 1.5
-    comp     0.907      0.293     1        mean cosine of z_s and z_t
-    expa     0.157      1.254     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
-    patch    0.223      0.281     0.5      mean cosine of p_s and p_t. A crop without mask adds 0: as
-                                           half of them have one, 0.5 is the best
-    rank     1.6       62.6       1        directions in use by 64 images x 2 views
+    loss    -1.287     -1.818    -1.563    -comp - expa - patch: the loss above minus 1.5
+    comp     0.910      0.267     1        mean cosine of z_s and z_t: 1 - the mean of ½‖z_s - z_t‖²
+    expa     0.155      1.243     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
+    patch    0.222      0.308     0.5      mean cosine of p_s and p_t. At best 0.5, as half of the
+                                           crops have no mask and count as 0
+    rank     1.6       60.6       1        directions in use by 64 images x 2 views
 
 Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
@@ -58,7 +60,6 @@ Paper: "Simplifying DINO via Coding Rate Regularization", Wu et al., ICML 2025, 
 import argparse
 import atexit
 import copy
-import errno
 import hashlib
 import io
 import json
@@ -70,7 +71,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -89,11 +90,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
-# torchrun starts a process for each GPU. It sets the number of processes, the number of this
-# process, and the number of its GPU.
+# torchrun starts a process for each GPU. It sets the number of processes, and for each process its
+# number and that of its GPU. A single one takes 0, as these may be left over from another run.
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-PROCESS = int(os.environ.get("RANK", "0")) % WORLD  # RANK may be left over from another run
-GPU = int(os.environ.get("LOCAL_RANK", "0"))
+PROCESS = 0
+GPU = 0
+if WORLD > 1:
+    PROCESS = int(os.environ.get("RANK", "0"))
+    GPU = int(os.environ.get("LOCAL_RANK", "0"))
 
 # ==================================================================================== 1. The method
 
@@ -133,8 +137,8 @@ class SimDINOLoss(torch.nn.Module):
     """loss = -coeff comp - γ R. If coeff is 1, this is mean ½‖z_s - z_t‖² - 1 - γ R.
 
     comp (official name, from "compression") is the mean cosine of z_s and z_t, 1 - ½‖z_s - z_t‖²,
-    over all pairs of a teacher's and a student's view of an image. A view is not paired with itself,
-    as such a pair teaches no invariance. expa (from "expansion") is γ R.
+    over all pairs of a teacher's and a student's view of an image. A view is not paired with
+    itself, as such a pair teaches no invariance. expa (from "expansion") is γ R.
 
     eps_sq: ε². group_size: n, the images whose rows make one Z. R is the mean over these groups and
     over the teacher's views. None, or more than all images: one group. The published models had
@@ -165,12 +169,9 @@ class SimDINOLoss(torch.nn.Module):
 
         student: V views of B images, (V, B, d). teacher: the first G of these views, (G, B, d).
         Rows are scaled to length 1 (ProjectionHead's have it): longer rows would raise R without
-        being more diverse. Groups of n = group_size images are formed of
-            the images of each process              if n divides B
-            those of all processes, gathered        else, if n divides their number
-            the images of each process, but for     else, if n < B; if not, ValueError
-                the last B % n, which R leaves out
-        Not checked: that B is the same on all processes.
+        being more diverse. Groups of n = group_size images are formed of the images of each process
+        if n divides B, else of those of all processes, which are gathered. ValueError if n divides
+        neither. Not checked: that B is the same on all processes.
         """
         dtype = torch.promote_types(student.dtype, torch.float32)
         student = torch.nn.functional.normalize(student.to(dtype), dim=-1)
@@ -184,21 +185,19 @@ class SimDINOLoss(torch.nn.Module):
             raise ValueError(f"{G} views of {total} images: the order is (views, images, d)")
 
         # comp is a mean over images, so the mean of comp over processes is that of all images.
-        cosine = (teacher[:, None] * student).sum(-1).mean(-1)  # (G, V)
-        same_view = cosine.diagonal()
-        comp = (cosine.sum() - same_view.sum()) / (G * (V - 1))
+        cosine = (teacher[:, None] * student).sum(-1).mean(-1)  # (G, V), of each pair of views
+        of_same_view = cosine.diagonal()  # G of the G V pairs
+        comp = (cosine.sum() - of_same_view.sum()) / (G * (V - 1))
 
         z = student[:G]  # (G, B, d)
         if self.expa_type == 1:
             z = (z + teacher) / 2
         n = total if self.group_size is None else min(self.group_size, total)
         if B % n != 0:
-            if total % n == 0:
-                z = self.gather(z)  # (G, total, d)
-            elif n > B:
-                raise ValueError(f"group_size {n} does not divide the {total} images")
-        groups = z.shape[1] // n
-        z = z[:, : groups * n].unflatten(1, (groups, n))  # (G, groups, n, d)
+            z = self.gather(z)  # (G, total, d)
+        if z.shape[1] % n != 0:
+            raise ValueError(f"group_size {n} divides neither {B} images nor the {total} of all")
+        z = z.unflatten(1, (-1, n))  # (G, groups, n, d)
         gamma = self.default_gamma(d, total) if self.gamma is None else self.gamma
         expa = gamma * coding_rate(z, self.eps_sq).mean()
         return -self.coeff * comp - expa, {"comp": comp.detach(), "expa": expa.detach()}
@@ -225,8 +224,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # DDP will divide the sum of all processes' gradients by world. Through these rows, only this
-        # process has a gradient. So it is made `world` times as large; the value is that of z.
+        # z - own is 0, so the value is that of z, but the gradient is `world` times that of z. For
+        # DDP will divide by world, and no other process has a gradient through these rows.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -235,7 +234,7 @@ def masked_patch_loss(student, teacher, masks):
     """Minus the mean cosine over a crop's masked patches, averaged over all 2 B crops.
 
     A crop without masked patches adds 0: if half of the crops have a mask, -0.5 is the best.
-    student, teacher (M, d): unit rows of the M masked patches, in the order of masks, bool (2 B, N).
+    student, teacher (M, d): unit rows of the masked patches, in the order of masks, bool (2 B, N).
     """
     cosine = (student * teacher.detach()).sum(-1)  # (M,)
     masked = masks.sum(-1)  # patches of each crop
@@ -286,17 +285,18 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
     def forward(self, x):
-        return x * self.gamma.to(x.dtype)
+        return x * self.gamma.to(x.dtype)  # in half precision under autocast
 
 
-def add_branch(x, branch, kept):
-    """x + branch(x), computed for the samples whose numbers are in kept (K,). None: for all."""
-    if kept is None:
+def add_branch(x, branch, keep):
+    """x + branch(x). keep: (K,), the numbers of the samples that it is computed for, or None for
+    all."""
+    if keep is None:
         return x + branch(x)
-    scale = x.shape[0] / kept.shape[0]  # so that the mean of a branch stays the same
-    samples = x[kept]
+    scale = x.shape[0] / keep.shape[0]  # so that the mean of a branch stays the same
+    samples = x[keep]
     x = x.clone()
-    x[kept] = samples + scale * branch(samples)
+    x[keep] = samples + scale * branch(samples)
     return x
 
 
@@ -385,15 +385,15 @@ class VisionTransformer(nn.Module):
         return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
 
     def stochastic_depth(self, x):
-        """The argument keep of each block, drawn for the samples of x. In training, each branch
-        is computed for a share of 1 - drop_path_rate of them. Their number is fixed, so that compiled
-        code need not be compiled again."""
+        """The argument keep of each block, drawn for the samples of x. In training, each branch is
+        computed for a share of 1 - drop_path_rate of them. How many these are is always the same,
+        so that compiled code need not be compiled again."""
         depth = len(self.blocks)
         if not (self.training and self.drop_path_rate):
             return [(None, None)] * depth
-        kept = max(1, int(x.shape[0] * (1 - self.drop_path_rate)))
+        count = max(1, int(x.shape[0] * (1 - self.drop_path_rate)))
         order = torch.rand(depth, 2, x.shape[0], device=x.device).argsort(-1)
-        return order[..., :kept]  # (depth, 2, kept)
+        return order[..., :count]  # (depth, 2, count)
 
     def forward_features(self, x, masks=None):
         """Normed tokens by kind: x_norm_clstoken (B, D), x_norm_regtokens, x_norm_patchtokens.
@@ -451,8 +451,8 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, views, index, masks=None):
-        """Unit rows (V, B, d) of V views: batches (B, 3, H, W), two global ones first; and unit rows
-        (M, d) of patches of the global views.
+        """Unit rows (V, B, d) of V views: batches (B, 3, H, W), two global ones first; and unit
+        rows (M, d) of patches of the global views.
 
         index (M,): which patches, of all 2 B N in one row. masks: bool (2 B, N), where patches are
         replaced by the mask token. The teacher gets index, but no masks.
@@ -500,31 +500,33 @@ def block_masks(crops, side, probability, ratios, seed):
 
     int(crops * probability) random crops get a mask. ratios: the lowest and the highest share of
     the patches to mask. This range is cut into equal parts, one for each mask, in which its share
-    is drawn. Rectangles of about 4 patches or more, aspect 0.3 to 1 / 0.3, are added until the share
-    is reached, or 10 in a row mask nothing new or too much. seed: of numpy's default_rng.
+    is drawn. Rectangles of about 4 patches to half the crop (fewer if fewer remain), aspect 0.3 to
+    1 / 0.3, are added until the share is reached, or 10 in a row are rejected: they do not fit, or
+    mask nothing new, or too much. seed: of numpy's default_rng.
     """
     rng = np.random.default_rng(seed)
     masks = np.zeros((crops, side, side), dtype=bool)
-    bounds = np.linspace(*ratios, int(crops * probability) + 1)
-    for mask, low, high in zip(masks, bounds, bounds[1:]):  # the other crops get no mask
-        left = int(side**2 * rng.uniform(low, high))  # how many patches are still to be masked
-        tries = 10
-        while left > 0 and tries > 0:
-            tries -= 1
-            area = 4 + (min(left, side**2 // 2) - 4) * rng.random()
+    masked = int(crops * probability)
+    bounds = np.linspace(*ratios, masked + 1)
+    for i in range(masked):
+        remaining = int(side**2 * rng.uniform(bounds[i], bounds[i + 1]))  # patches to be masked
+        rejected = 0
+        while remaining > 0 and rejected < 10:
+            rejected += 1
+            largest = min(remaining, side**2 // 2)
+            area = 4 + (largest - 4) * rng.random()  # also if largest is below 4
             aspect = 0.3 ** rng.uniform(-1, 1)
             h = round(math.sqrt(area * aspect))
             w = round(math.sqrt(area / aspect))
-            if max(h, w) >= side:
-                continue
-            y = rng.integers(side - h + 1)
-            x = rng.integers(side - w + 1)
-            rectangle = mask[y : y + h, x : x + w]
-            new = rectangle.size - rectangle.sum()
-            if 0 < new <= left:
-                rectangle[:] = True
-                left -= new
-                tries = 10
+            if max(h, w) < side:
+                y = rng.integers(side - h + 1)
+                x = rng.integers(side - w + 1)
+                rectangle = masks[i, y : y + h, x : x + w]
+                new = rectangle.size - rectangle.sum()
+                if 0 < new <= remaining:
+                    rectangle[:] = True
+                    remaining -= new
+                    rejected = 0
     return torch.from_numpy(rng.permutation(masks)).flatten(1)
 
 
@@ -627,7 +629,7 @@ def normalize_colors(x):
 # ---------------------------------------------------------------------------------- a training step
 
 
-# What a step returns for the log: names on the terminal, and in log.txt
+# What a step returns for the log: the names on the terminal, and in log.txt (the official ones)
 FIGURES = {
     "loss": "train_loss",
     "comp": "train_comp_loss",
@@ -644,9 +646,9 @@ class SimDINO:
     rounds: micro-batches that this process takes in a step. patch_weight: of the masked patches'
     term. layerwise_decay, patch_embed_lr_mult: see parameter_groups.
 
-    R prevents collapse, unless the learning rate is too high. In this example, 1e-3 without a
-    warm-up is too high. A teacher is still used. As the mean of many past students it is a steadier target
-    than the student itself, and its features are better than the student's (DINO).
+    R prevents collapse, unless the learning rate is too high: in this example, 1e-3 is. A teacher
+    is still used. As the mean of many past students it is a steadier target than the student
+    itself, and its features are better than the student's (DINO).
 
         images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
         make_views = MultiCrop(32, 16, local_crops=6)
@@ -684,7 +686,7 @@ class SimDINO:
         self.params = list(self.student.parameters())
         self.device = self.params[0].device
         groups = parameter_groups(self.student, layerwise_decay, patch_embed_lr_mult)
-        # Kept outside, as a loaded optimizer would bring back those of the checkpoint
+        # Not in the groups, as load_state_dict would replace them by the checkpoint's
         self.lr_scales = [group.pop("lr_scale") for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
@@ -699,9 +701,9 @@ class SimDINO:
     def step(self, micro_batches, lr, weight_decay, momentum):
         """One step over this process's micro-batches, as many as rounds: the whole method.
 
-        A micro-batch is (seed, views, masks, index): the views as MultiCrop gives them, each a batch;
-        masks of block_masks; index (M,), the places of True in masks.flatten(), found before, as
-        the CPU would have to wait for a GPU that finds them.
+        A micro-batch is (seed, views, masks, index): the views as MultiCrop gives them, each a
+        batch; masks of block_masks; index (M,), the places of True in masks.flatten(), found
+        before, as the CPU would have to wait for a GPU that finds them.
         The gradient is the mean over the micro-batches of all processes. Returns for the log: a
         tensor of the FIGURES, means over the micro-batches of this process; and of the last
         micro-batch, (z_s + z_t) / 2 of both global views, (2 B, d).
@@ -713,10 +715,8 @@ class SimDINO:
             views = augment([view.to(self.device, non_blocking=True) for view in views])
             masks = masks.to(self.device, non_blocking=True)
             index = index.to(self.device, non_blocking=True)
-            is_last = number == self.rounds
-            self.model.require_backward_grad_sync = (
-                is_last  # DDP averages once a step; see its no_sync()
-            )
+            # DDP averages the gradients once a step (see its no_sync). Nothing else reads this.
+            self.model.require_backward_grad_sync = number == self.rounds
             with self.autocast:
                 with torch.no_grad():
                     z_t, p_t = self.teacher(views[:2], index)  # (2, B, d), (M, d)
@@ -726,7 +726,8 @@ class SimDINO:
             loss = loss + self.patch_weight * patch_loss
             stats["patch"] = -patch_loss.detach()  # the mean cosine
             self.scaler.scale(loss / self.rounds).backward()
-            figures.append(torch.stack([loss.detach(), *stats.values()]))  # in their order
+            stats["loss"] = loss.detach()
+            figures.append(torch.stack([stats[name] for name in FIGURES]))
 
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad:  # backbone and head, each as a whole, as DINOv2 does
@@ -756,7 +757,7 @@ def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
     square for the block before, and so on down to embeddings and tokens; for the patch embedding
     also times patch_embed_lr_mult."""
     depth = len(student.backbone.blocks)
-    groups = {}
+    groups = defaultdict(list)
     for name, p in student.named_parameters():
         block = re.match(r"backbone\.blocks\.(\d+)", name)
         if name.startswith(("backbone.norm.", "head.")):
@@ -765,14 +766,16 @@ def parameter_groups(student, layerwise_decay, patch_embed_lr_mult):
             distance = depth - int(block[1])
         else:
             distance = depth + 1
-        lr_scale = layerwise_decay**distance
         is_patch_embed = name.startswith("backbone.patch_embed.")
+        decay_scale = float(p.ndim > 1)
+        groups[decay_scale, distance, is_patch_embed].append(p)
+    options = []
+    for (decay_scale, distance, is_patch_embed), params in groups.items():
+        lr_scale = layerwise_decay**distance
         if is_patch_embed:
             lr_scale *= patch_embed_lr_mult
-        decay_scale = float(p.ndim > 1)
-        group = {"params": [], "decay_scale": decay_scale, "lr_scale": lr_scale}
-        groups.setdefault((distance, is_patch_embed, decay_scale), group)["params"].append(p)
-    return list(groups.values())
+        options.append({"params": params, "decay_scale": decay_scale, "lr_scale": lr_scale})
+    return options
 
 
 # ======================================================================================= 2. The run
@@ -787,6 +790,7 @@ SMALL = {
     "drop_path_rate": 0.0,
     "layerscale": 1.0,
     "global_crops_size": 32,
+    "global_crops_scale": [0.25, 1.0],
     "local_crops_size": 16,
     "local_crops_scale": [0.15, 0.4],
     "local_crops_number": 6,
@@ -801,7 +805,7 @@ SMALL = {
     "saveckp_freq": 0,
     "eval_freq": 4,
 }
-# Options that may change when a run is resumed; other ones make it another run
+# Options that may change when a run is resumed. With any other change, restore() refuses.
 MAY_CHANGE_ON_RESUME = {
     "data_path",  # the images are compared instead: see start_run
     "output_dir",
@@ -862,7 +866,9 @@ def parse_args(argv=None):
     option("--global_crops_scale", [0.4, 1.0], "share of the area: from, to", type=float, nargs=2)
     option("--local_crops_scale", [0.05, 0.4], "share of the area: from, to", type=float, nargs=2)
     option("--mask_sample_probability", 0.5, "share of the global views that are masked")
-    option("--mask_ratio_min_max", [0.1, 0.5], "share of the patches", type=float, nargs=2)
+    option(
+        "--mask_ratio_min_max", [0.1, 0.5], "share that is masked: from, to", type=float, nargs=2
+    )
     option("--ibot_loss_weight", 1.0, "weight of the masked patches' loss")
     option("--coeff", 1.0, "weight of the mean cosine")
     option("--eps_sq", 0.4, "square of the radius epsilon in the coding rate R")
@@ -875,7 +881,7 @@ def parse_args(argv=None):
         "--batch_size_per_gpu", None, "images that a GPU takes at a time [128 or fewer]", type=int
     )
     option("--lr", 0.004, "the peak learning rate is this times sqrt(batch_size / 1024)")
-    option("--layerwise_decay", 0.9, "learning rate of a block, by that of the block above it")
+    option("--layerwise_decay", 0.9, "learning rate of a block, divided by the next block's")
     option("--patch_embed_lr_mult", 0.2, "factor of the patch embedding's learning rate")
     option("--min_lr", 1e-6, "learning rate at the end")
     option("--warmup_epochs", 10.0, "epochs in which the learning rate rises from 0")
@@ -887,7 +893,7 @@ def parse_args(argv=None):
     option(
         "--amp",
         "auto",
-        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, which is auto on a CPU",
+        "for GPUs. auto: bf16, or fp16 if the GPU has no bf16; off: float32, as auto on a CPU",
         choices=("auto", "bf16", "fp16", "off"),
     )
     switch("--compile", "compile the transformer's blocks")
@@ -910,7 +916,7 @@ def parse_args(argv=None):
 
 
 def check_sizes(parser, args):
-    """End the program if the run would silently be another one, or fail late."""
+    """End the program if the sizes do not fit together."""
     micro_batch = args.batch_size_per_gpu
     round_size = WORLD * micro_batch
     if round_size < 1 or args.batch_size % round_size:
@@ -988,9 +994,10 @@ class MicroBatches(Dataset):
     """Item (step, number): one of the micro-batches of a step, as SimDINO.step takes it.
 
     An epoch's images, in random order, are cut into steps of batch_size images; the rest is left
-    out. A step is cut into micro-batches. The views of an image are drawn from (seed, epoch, image),
-    all else from (seed, step, number). So with the same batch_size_per_gpu, a run is the same on
-    any number of processes, up to rounding. On a CPU, a resumed run ends with the same bits.
+    out. A step is cut into micro-batches. The views of an image are drawn from (seed, epoch,
+    image), all else from (seed, step, number). So with the same batch_size_per_gpu, a run is the
+    same on any number of processes, up to rounding. On a CPU, a resumed run ends with the same
+    bits.
     """
 
     def __init__(self, images, args):
@@ -1098,9 +1105,8 @@ def start_run(args, path, images, model):
     elif args.pretrained_weights is not None:
         load_pretrained(args.pretrained_weights, model)
     steps_per_epoch = len(images) // args.batch_size
-    # With --resume_anyway, the epoch may now have fewer steps than are done of it. Then the last one
-    # is done again, so that the epoch ends as usual.
-    run["figures"] = run["figures"][: steps_per_epoch - 1]
+    if len(run["figures"]) >= steps_per_epoch:  # only with --resume_anyway and fewer images
+        run["figures"] = run["figures"][: steps_per_epoch - 1]  # the last step is done again
     run["step"] = run["epoch"] * steps_per_epoch + len(run["figures"])
     if len(set(gather_values((run["images_hash"], run["step"])))) > 1:
         sys.exit("the processes find different images or checkpoints: they have to share a disk")
@@ -1152,7 +1158,8 @@ def meet(figures, signals, last_save):
 def check_finite(figures, model):
     """End the run if a loss, a weight or a moment is not finite."""
     is_finite = all(math.isfinite(loss) for loss, *_ in figures) and model.is_finite()
-    if not is_finite or model.scaler.get_scale() < 1:  # fp16 has tried all scales; else it is 1
+    # In fp16, each overflow halves the scale, from 65,536; without fp16, get_scale() is 1.
+    if not is_finite or model.scaler.get_scale() < 1:
         sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
 
 
@@ -1187,6 +1194,25 @@ def end_epoch(run, schedule, rank, images_per_second, data_wait):
     run["figures"] = []
 
 
+def open_stream(images, args, model, steps, loader_options):
+    """The Stream of the micro-batches that this process takes in these steps."""
+    # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
+    numbers = range(PROCESS, model.rounds * WORLD, WORLD)
+    items = product(steps, numbers)
+    dataset = MicroBatches(images, args)
+    return Stream(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
+
+
+def warn_of_few_steps(schedule, steps):
+    """Print how much of its first weights the teacher keeps, if it is much."""
+    kept = math.prod(schedule["momentum"][:steps])
+    if kept > 0.1:
+        say(
+            f"only {steps} steps: the teacher, which is the result, keeps {100 * kept:.0f} % "
+            "of its first weights. More steps or a lower --momentum_teacher would change that"
+        )
+
+
 def main():
     """Train. The run is saved after epochs (but at most once a minute), every 15 minutes, at a
     signal, and at the end."""
@@ -1205,32 +1231,22 @@ def main():
     if args.max_steps:
         last_step = min(last_step, args.max_steps)
     schedule = schedules(args, steps_per_epoch)
-    kept = math.prod(schedule["momentum"][:last_step])
-    if kept > 0.1:
-        say(
-            f"only {last_step} steps: the teacher, which is the result, keeps {100 * kept:.0f} % "
-            "of its first weights. More steps or a lower --momentum_teacher would change that"
-        )
+    warn_of_few_steps(schedule, last_step)
     run = start_run(args, path, images, model)
     if run["step"] == 0:  # a full disk, or another run in this folder, is then noticed at once
         save(path, run, model)
     if run["step"] >= last_step:
         say(f"nothing is left to train: all {last_step} steps are done")
     signals = catch_signals()
-
     loader_options = choose_loader_options(args, device)
     loader_options["worker_init_fn"] = ignore_signals
-    # Of the micro-batches of a step, process p takes number p, WORLD + p, 2 WORLD + p, ...
-    numbers = range(PROCESS, model.rounds * WORLD, WORLD)
-    items = product(range(run["step"], last_step), numbers)
-    dataset = MicroBatches(images, args)
-    stream = Stream(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
+    stream = open_stream(images, args, model, range(run["step"], last_step), loader_options)
     # After some ten rounds, the CPU waits for the GPU, and a line may be printed or the run saved.
     steps_at_a_time = math.ceil(10 / model.rounds)
     last_save = time.monotonic()
     last_line = 0.0
 
-    # Accuracy before the first epoch, or that which an interruption has left out
+    # The accuracy before the first epoch, or one that an interruption prevented
     log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
     while run["step"] < last_step:
         # An epoch begins here, or goes on after an interruption.
@@ -1280,15 +1296,16 @@ def main():
 
 # How a run ends. After its last step: by end_process, with status 0. At a signal: main saves and
 # leaves. At an error: Python prints it, the process leaves with status 1, and torchrun ends the
-# others. In each case os._exit is called, as Python would wait for the data-loading workers: for
-# ever if one hangs, or ignores Python's SIGTERM. They ignore signals because torchrun and terminals
-# send these to all processes, but the steps that are under way still need their images.
+# others. The data-loading workers ignore signals: torchrun and terminals send them to workers, too,
+# but the steps that are under way still need images. Python would therefore wait for them without
+# end when it exits. os._exit does not wait.
 
 
 def start_process():
     """Connect this process with the others. Returns its device."""
     if __name__ == "__main__":
-        atexit.register(os._exit, 1)  # an exit before end_process is an error
+        # Leave without waiting for workers or threads. An exit before end_process is an error: 1.
+        atexit.register(os._exit, 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", GPU) if cuda else torch.device("cpu")
     name = "the CPU"
@@ -1398,8 +1415,8 @@ SPLITS = ("val", "valid", "validation", "test")  # names of a folder to judge on
 
 def load_image(path):
     """An image file -> uint8 (3, H, W), RGB, upright by its EXIF data; the first of several frames.
-    OSError, which names the file, if it cannot be decoded. RuntimeError if the machine is at fault:
-    it ends the run, which can go on later."""
+    OSError, which names the file, if it cannot be decoded. RuntimeError if it cannot be opened or
+    read, as the machine may be at fault: this ends the run, which can go on later."""
     try:
         if Path(path).is_fifo():
             raise ValueError("a pipe, which might never end")
@@ -1411,8 +1428,8 @@ def load_image(path):
                 raise ValueError(f"mode {image.mode} has more than 8 bits: convert the file first")
             return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # there is no end to what a decoder may raise
-        faults = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in faults:
+        # Errors of the operating system have a number; those of decoders have none.
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise RuntimeError(f"cannot read {path}") from error
         raise OSError(f"cannot read {path}: {error}") from error
 
@@ -1557,7 +1574,7 @@ def draw_pattern(kind, rng, size=32):
     ]
     height = heights[kind]
     light = np.sign(height - np.median(height)) * rng.choice([-1, 1])
-    light = light.reshape(size, 2, size, 2).mean((1, 3))
+    light = light.reshape(size, 2, size, 2).mean((1, 3))  # of 2 x 2, for smooth edges
     noise = rng.normal(0, rng.uniform(3, 15), (size, size))
     light = 128 + rng.uniform(-15, 15) + rng.uniform(50, 110) * light + noise
     return Image.fromarray(light.clip(0, 255).astype(np.uint8))
@@ -1597,12 +1614,12 @@ def center_crop(image, size):
 
 def log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options):
     """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log."""
-    is_between_epochs = not run["figures"]
-    is_known = is_between_epochs and run["log"] and run["log"][-1]["knn"] is not None
-    if not knn_images or is_known:
+    if not knn_images:
         return
-    is_epoch_to_judge = is_between_epochs and run["epoch"] % args.eval_freq == 0
-    if not is_epoch_to_judge and run["step"] < last_step:
+    is_between_epochs = not run["figures"]
+    is_due = is_between_epochs and run["epoch"] % args.eval_freq == 0
+    is_known = is_between_epochs and run["log"] and run["log"][-1]["knn"] is not None
+    if is_known or not (is_due or run["step"] >= last_step):
         return
     say("k-NN: computing the features of all images", passing=True)
     bank = embed(model, knn_images["train"], loader_options)

@@ -383,12 +383,9 @@ def test_defaults_equal_the_published_run_on_8_gpus_of_64():
     check_equal(sum(loss_fn(*part)[0] for part in parts) / 8, expected, x, 1e-11)
 
 
-def test_images_that_fill_no_group_do_not_enter_the_rate():
-    student, teacher = unit_views(40, 12)
-    comp = official_loss(student, teacher, 0.4)[1]
-    groups = ((student[:2] + teacher) / 2)[:, :32].unflatten(1, (2, 16))
-    expected = -comp - (12 + 40) / (12 * 40) * coding_rate(groups, 0.4).mean()
-    assert_close(SimDINOLoss(group_size=16)(student, teacher)[0], expected)
+def test_a_group_that_does_not_divide_the_images_is_refused():
+    with pytest.raises(ValueError, match="group_size 16 divides neither 40 images nor the 40 of"):
+        SimDINOLoss(group_size=16)(*unit_views(40, 12))
 
 
 def test_compiled_as_one_graph_the_loss_has_the_same_value_and_gradient():
@@ -1275,7 +1272,7 @@ def test_a_run_whose_workers_fail_ends_and_leaves_none(pictures, tmp_path):
         wait_for(tmp_path / "out" / "checkpoint0002.pth", process)
         shutil.rmtree(data / "train")
         printed = end_of(process)
-    assert process.returncode == 1 and f"1000 times, a random image in {data}/train" in printed
+    assert process.returncode == 1 and f"RuntimeError: cannot read {data}/train/" in printed
 
 
 def test_a_pipe_that_closes_does_not_end_the_run(pictures, tmp_path):
@@ -2021,11 +2018,12 @@ def test_a_probe_resumes_on_its_own_weights_alone(base):
 def test_half_a_line_of_results_stays_apart_from_the_next(tmp_path):
     args = SimpleNamespace(output_dir=tmp_path, weights="w.pth")
     path = tmp_path / "results.jsonl"
-    eval_linear.write_results(args, {"id": "a"}, {"top1": 1.0})
-    whole = path.read_bytes()
-    eval_linear.write_results(args, {"id": "b"}, {"top1": 2.0})
-    assert path.read_bytes().startswith(whole)
-    assert [line["top1"] for line in json_lines(path)] == [1.0, 2.0]
+    for half in "", '{"date": "20':
+        with path.open("a") as file:
+            file.write(half)
+        eval_linear.write_results(args, {"id": "a"}, {"top1": 1.0})
+    first, broken, last = path.read_text().splitlines()
+    assert json.loads(first)["top1"] == json.loads(last)["top1"] == 1.0 and broken == half
 
 
 def test_two_processes_judge_as_one(evaluated, tmp_path):

@@ -29,6 +29,7 @@ import sys
 import tempfile
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -61,7 +62,7 @@ def ours(name, dtype, folder):
     data = script.MicroBatches(images, args)
     augment = script.augment
     batches = []
-    for item in range(EPOCHS * STEPS * PROCESSES):
+    for item in product(range(EPOCHS * STEPS), range(PROCESSES)):
         seed, views, *masks = data[item]
         torch.manual_seed(seed)
         batches.append((seed, [view.to(dtype) for view in augment(views)], *masks))

@@ -534,7 +534,7 @@ def parse_args(argv=None):
     def option(flag, default, text, **settings):
         if default is not None:
             settings.setdefault("type", type(default))
-            text = f"{text} [{default}]"
+            text = f"{text} [{str(default).strip('[]')}]"
         parser.add_argument(flag, default=default, help=text, **settings)
 
     home = os.path.expanduser  # a shell leaves the ~ of --weights=~/w.pth as it is
@@ -612,9 +612,9 @@ def main():
     patch = model.patch_size
     heads = "as given"
     if args.num_heads is None:
-        heads = "a guess by the width, see --num_heads"
+        heads = "usual for the width, or see --num_heads"
         args.num_heads = model.blocks[0].attn.num_heads  # for the results
-    say(f"{args.weights}: weights {model.prefix}*; not used of these: {', '.join(left_out) or '-'}")
+    say(f"{args.weights}: {model.prefix}*; {', '.join(left_out) or 'nothing'} of these is not used")
     say(
         f"{model.width} wide, {len(model.blocks)} blocks, {args.num_heads} heads ({heads}), "
         f"{model.side} x {model.side} patches of {patch} pixels, {model.first_patch - 1} registers; "
@@ -708,8 +708,8 @@ def linear_probe(train, val, classes, args, model, run):
     best = choose([figures["top1"] for figures in held_out.values()])
     name = list(held_out)[best]
     say(f"the best of {len(held_out)} classifiers on {len(held)} held-out images: {name}")
-    if CANDIDATES[best][1] in (RATES[0], RATES[-1]):
-        say("its learning rate is at an end of the range: other --epochs may give a better one")
+    if CANDIDATES[best][1] == RATES[-1]:
+        say("its learning rate is the highest: more --epochs may give a better one")
     if n < 1000:  # more than a tenth was held out: train once more, also on these
         probe = train_probe(train, np.arange(n), classes, args, model, run)
 

@@ -839,7 +839,7 @@ def parse_args(argv=None):
     def option(flag, default, text, **settings):
         if default is not None:
             settings.setdefault("type", type(default))
-            text = f"{text} [{default}]"
+            text = f"{text} [{str(default).strip('[]')}]"
         parser.add_argument(flag, default=default, help=text, **settings)
 
     def switch(flag, text):
@@ -940,7 +940,10 @@ def check_sizes(parser, args):
                 f"views of {size} pixels: not a multiple of --patch_size {args.patch_size}"
             )
     if args.warmup_epochs >= args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+        parser.error(
+            f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}; "
+            "for a short try, see --max_steps"
+        )
 
 
 # ----------------------------------------------------------------------------- the images of a step
@@ -1287,6 +1290,7 @@ def main():
                 say(f"{signal.Signals(caught).name}: saved {path} at step {run['step']}")
                 os._exit(128 + caught)
         log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
+    say(f"the result is in {path}: eval_linear.py judges and exports it")
     end_process()
 
 

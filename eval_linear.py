@@ -13,14 +13,16 @@ FILE holds a plain ViT of simdino.py, simdinov2.py, official SimDINO(v2), DINO(v
 architecture is read off the shapes of its weights, but for the number of heads, which is guessed by
 the width: see --num_heads. See also --mean and --std, if it expects other pixels than ImageNet's.
 
-The first command computes k-NN accuracies, with DINO's weighted vote, of the central crop of each
-image (smaller images than DINO's 256 pixels are not enlarged to these: see center_crop). On a GPU,
-features are in half precision. Then it trains 52 linear
-classifiers at once on random crops of the images: DINOv2's 4 kinds of features x 13 learning rates.
-The best one is chosen on images of train/ that are held out; of the classifiers, it alone is tried
-on val/. If train/ has fewer than 1,000 images, it has then been trained once more, on all. With
---cached, the classifiers see the central crop of each image, so the backbone computes each image
-only once.
+DATA holds train/CLASS/*.jpg and val/CLASS/*.jpg. The first command computes k-NN accuracies of the
+last block's CLS token, with DINO's weighted vote. Then it trains 52 linear classifiers at once on
+random crops of the images: DINOv2's 4 kinds of features x 13 learning rates. The best one is chosen
+on images of train/ that are held out. If train/ has fewer than 1,000 images, it is then trained
+again on all of them. Only this one is tried on val/. With --cached, the classifiers see the central
+crop of each image, so the backbone computes each image only once.
+
+What differs from DINO's and DINOv2's own evaluations: the choice is made on held-out images, not on
+val/; images smaller than 256 pixels are not enlarged to that (see center_crop); by default there
+are 100 epochs, and half precision on GPUs.
 
 --output_dir then has:
 
@@ -29,8 +31,8 @@ only once.
     classifier-ID.pth       the chosen classifier
 
 With the same --batch_size, the figures are the same on any number of processes, up to rounding. If
-it is interrupted while it trains classifiers, the same command resumes from their last epoch, after
-it has extracted the features again.
+a run is interrupted while it trains classifiers, the same command resumes from their last epoch,
+after it has extracted the features again.
 
 --segment resizes images and masks to one size and trains linear classifiers of patches. Its figures
 are of the resized masks: papers judge masks of the original size.
@@ -77,7 +79,8 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid, save_image
 
 # torchrun starts a process for each GPU. It sets the number of processes, and for each process its
-# number and that of its GPU. A single one takes 0, as these may be left over from another run.
+# number and that of its GPU. A single process ignores the two: they may be left over from another
+# run.
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 PROCESS = 0
 GPU = 0
@@ -224,8 +227,8 @@ def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size), the centre of the image.
 
     If the short side is larger than size * 8 / 7, it is resized to that: the usual 256 for a size
-    of 224. If it is smaller than size, it is resized to size. In between, it is not resized, where
-    DINO's would be 256.
+    of 224. If it is smaller than size, it is resized to size. In between it stays, where DINO would
+    resize it to 256.
     """
     height, width = image.shape[1:]
     short = min(height, width)
@@ -331,14 +334,15 @@ class Probe(nn.Module):
 def hold_out(labels, fewest, seed):
     """Split images into held-out ones, to choose the best candidate by, and training ones.
 
-    A tenth is held out, at most 10,000 images, and at least `fewest` or, if that is less, half of
-    all. Each class keeps an image to train on. labels: array (n,). Returns two arrays of indices.
-    SystemExit if so few can be held out that the choice would be chance.
+    Held out is a tenth, but at least `fewest` and at most 10,000, and never more than half. It may
+    be fewer, as each class keeps an image to train on. labels: array (n,). Returns two arrays of
+    indices. SystemExit if so few can be held out that the choice would be chance.
     """
     n = len(labels)
     wanted = min(max(n // 10, fewest), n // 2, 10000)
     order = np.random.default_rng(seed).permutation(n)
-    _, firsts = np.unique(labels[order], return_index=True)  # of each class, places in this order
+    # The first image of each class, in this order, is for training; of the others some are held out.
+    _, firsts = np.unique(labels[order], return_index=True)
     held = np.delete(order, firsts)[:wanted]
     if len(held) < fewest / 5:
         sys.exit(f"of {n} images, only {len(held)} can be held out: too few to choose a classifier")
@@ -348,13 +352,16 @@ def hold_out(labels, fewest, seed):
 def choose(top1):
     """The number of the best candidate, by the accuracies of all on held-out images.
 
-    Of few images, a single accuracy is much a matter of chance. So a candidate counts by the median
-    of its own accuracy and those at the next lower and the next higher rate, of the same kind. One
-    at an end of the rates counts as its neighbour. Among equals, its own accuracy decides.
+    With few images, one accuracy is noisy. So a candidate counts by the median of three: its own,
+    and those at the next lower and the next higher rate, of the same kind. The lowest and the
+    highest rate take the median of their neighbour. Among equals, its own accuracy decides.
     """
     top1 = np.reshape(top1, (len(KINDS), len(RATES)))
-    medians = np.median([top1[:, :-2], top1[:, 1:-1], top1[:, 2:]], axis=0)
-    medians = np.pad(medians, ((0, 0), (1, 1)), mode="edge")
+    lower = top1[:, :-2]
+    own = top1[:, 1:-1]
+    higher = top1[:, 2:]
+    medians = np.median([lower, own, higher], axis=0)
+    medians = np.pad(medians, ((0, 0), (1, 1)), mode="edge")  # those of the neighbours at both ends
     return max(range(top1.size), key=lambda number: (medians.flat[number], top1.flat[number]))
 
 
@@ -534,7 +541,7 @@ def parse_args(argv=None):
     def option(flag, default, text, **settings):
         if default is not None:
             settings.setdefault("type", type(default))
-            text = f"{text} [{str(default).strip('[]')}]"
+            text = f"{text} [{str(default).strip('[]')}]"  # a list has brackets already
         parser.add_argument(flag, default=default, help=text, **settings)
 
     home = os.path.expanduser  # a shell leaves the ~ of --weights=~/w.pth as it is
@@ -554,7 +561,13 @@ def parse_args(argv=None):
     cached = "train the probe on the central crop of each image, not on random crops"
     parser.add_argument("--cached", action="store_true", help=cached)
     option("--batch_size", None, "images at a time, on all GPUs [256; to segment 16]", type=int)
-    option("--ignore_index", [255], "values in masks that are no class", type=int, nargs="+")
+    option(
+        "--ignore_index",
+        [255],
+        "values in masks that are no class; of ADE20K 0",
+        type=int,
+        nargs="+",
+    )
     option(
         "--amp",
         "auto",
@@ -597,7 +610,7 @@ def parse_args(argv=None):
     if args.batch_size < WORLD:
         parser.error(f"--batch_size must be at least {WORLD}, the number of processes")
     if args.epochs < 0 or (args.segment and args.epochs == 0):
-        parser.error("--epochs must be at least 1; 0, k-NN alone, is not for --segment")
+        parser.error("--epochs: 0 (k-NN alone) or more; with --segment, 1 or more")
     return args
 
 
@@ -614,11 +627,11 @@ def main():
     if args.num_heads is None:
         heads = "usual for the width, or see --num_heads"
         args.num_heads = model.blocks[0].attn.num_heads  # for the results
-    say(f"{args.weights}: {model.prefix}*; {', '.join(left_out) or 'nothing'} of these is not used")
+    say(f"{args.weights}: takes the tensors {model.prefix}* but {', '.join(left_out) or 'none'}")
     say(
         f"{model.width} wide, {len(model.blocks)} blocks, {args.num_heads} heads ({heads}), "
-        f"{model.side} x {model.side} patches of {patch} pixels, {model.first_patch - 1} registers; "
-        f"pixels of mean {args.mean} and std {args.std}"
+        f"{model.side} x {model.side} patches of {patch} pixels, "
+        f"{model.first_patch - 1} registers, pixels of mean {args.mean} and std {args.std}"
     )
     if args.crop_size is None:
         args.crop_size = min(224 // patch, model.side) * patch
@@ -710,7 +723,7 @@ def linear_probe(train, val, classes, args, model, run):
     say(f"the best of {len(held_out)} classifiers on {len(held)} held-out images: {name}")
     if CANDIDATES[best][1] == RATES[-1]:
         say("its learning rate is the highest: more --epochs may give a better one")
-    if n < 1000:  # more than a tenth was held out: train once more, also on these
+    if n < 1000:  # up to half was held out: train once more, also on these
         probe = train_probe(train, np.arange(n), classes, args, model, run)
 
     scores = probe.scores(best, val.features).detach()
@@ -772,8 +785,10 @@ def segment(args, model):
     # Up to sixteen images from all over the folder, as neighbours may be alike
     some = [(0, i) for i in np.linspace(0, len(train) - 1, min(16, len(train)), dtype=int)]
     sample, masks = next(encoded_batches(encode_patches, model, train, args, [some]))
-    sample = sample[(masks >= 0).flatten(1).any(1)]  # without those that cannot be read
-    if not len(sample) or not sample.isfinite().all():
+    sample = sample[(masks >= 0).flatten(1).any(1)]  # without those that are left out
+    if not len(sample):
+        sys.exit(f"of {len(some)} images in {train.folder}, none can be used")
+    if not sample.isfinite().all():
         sys.exit("the features are not finite: see --amp, --std, --weights")
     probe = PatchProbe(sample, len(train.classes))
     make_batches = partial(encoded_batches, encode_patches, model, train, args)
@@ -817,8 +832,8 @@ def write_features(args, model):
     if not names:
         sys.exit(f"no images in {root}")
     identify_run(args, model, [(root, names)])  # an error here if the processes find different ones
-    labels = [0] * len(names)  # not used, but extract leaves out images without a label
-    images = Images(root, names, labels, partial(center_crop, size=args.crop_size))
+    any_labels = [0] * len(names)  # extract leaves out images without a label
+    images = Images(root, names, any_labels, partial(center_crop, size=args.crop_size))
     found = extract(images, model, args)
     features = found.features[:, 0].float().cpu().numpy()
     if PROCESS == 0:
@@ -987,8 +1002,8 @@ def choose_loader_options(args, device):
     if args.num_workers:
         options["timeout"] = 900  # seconds: a worker that hangs ends the run
         if sys.platform == "linux":
-            # Python 3.14 would let another process, a server, start the workers. torchrun's SIGTERM
-            # ends this server while its workers are still needed; after an error, it never ends.
+            # Without this, Python 3.14 lets a server process start the workers. torchrun's SIGTERM
+            # ends it while its workers are still needed; after an error, it never ends.
             options["multiprocessing_context"] = "fork"
     return options
 
@@ -1171,7 +1186,8 @@ def extract(images, model, args):
     if len(model.blocks) < 4:
         sys.exit("a model of fewer than 4 blocks cannot be judged")
     n = len(images)
-    # The processes take equally many images: some are taken twice, and cut off at the end.
+    # A process takes a share of the rows of features. The others leave 0 there, so that the sum over
+    # processes is the whole. The last rows are first images again, and are cut off at the end.
     share = math.ceil(n / WORLD)
     first = PROCESS * share
     items = in_batches([(0, i % n) for i in range(first, first + share)], args)
@@ -1190,7 +1206,7 @@ def extract(images, model, args):
         features[row : row + len(z)] = z
         labels[row : row + len(z)] = y
         row += len(z)
-    if WORLD > 1:  # the sum: a row that is not of this process's share is 0
+    if WORLD > 1:
         dist.all_reduce(features)
         dist.all_reduce(labels)
     features = features[:n]
@@ -1326,8 +1342,8 @@ def open_scenes(args):
     held, rest = hold_out(np.zeros(len(names)), 10, args.seed)  # 10 are enough, of many pixels each
     say(
         f"{len(rest)} images to train on, {len(held)} to choose by, {len(val_names)} to judge on; "
-        f"{len(classes)} classes, and no class in pixels of value {args.ignore_index}; images and "
-        f"masks are resized to {size[0]} x {size[1]}"
+        f"{len(classes)} classes: {classes}, no class: {args.ignore_index}; images and masks are "
+        f"resized to {size[0]} x {size[1]}"
     )
     return (
         Scenes(train, names[rest], size, classes, args.seed, flip=True),
@@ -1338,8 +1354,8 @@ def open_scenes(args):
 
 # ------------------------------------------------------------------------------ weights from a file
 
-# Beside tensors, official checkpoints hold their arguments and NumPy's learning rates. These are
-# the classes and functions of them that torch.load may call.
+# Official checkpoints also hold options (a Namespace) and NumPy's numbers. torch.load may rebuild
+# these types, and no others.
 SCALAR = np.float64(0).__reduce__()[0]  # rebuilds it; NumPy 1 and 2 pickle it by different names
 SAFE = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 SAFE += [argparse.Namespace, np.dtype]
@@ -1383,10 +1399,10 @@ def find_prefix(path, names, key):
     """What the names of the chosen model begin with: for the key teacher, for example, "teacher.",
     "teacher.backbone." or "teacher_backbone."; "" if the file has nothing but one model."""
     prefixes = [name.removesuffix(PATCHES) for name in names if f".{name}".endswith(f".{PATCHES}")]
-    chosen = [prefix for prefix in prefixes if key in prefix.split(".")]  # a whole part of it
+    chosen = [prefix for prefix in prefixes if key in prefix.split(".")]  # teacher.backbone.
     if not chosen:
-        chosen = [prefix for prefix in prefixes if key in prefix]  # a part of a part
-    if not chosen and key == "teacher":  # the default: the only model
+        chosen = [prefix for prefix in prefixes if key in prefix]  # teacher_backbone.
+    if not chosen and key == "teacher":  # the default: any name, if there is one model
         chosen = prefixes
     if len(chosen) != 1:
         has = f"{PATCHES} under {prefixes}" if prefixes else f"no {PATCHES}, but {[*names][:5]}"
@@ -1403,7 +1419,7 @@ def rename(found, prefix):
         if not name.startswith(prefix):
             continue
         name = name.removeprefix(prefix).replace("_orig_mod.", "")  # of torch.compile
-        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # DINOv2's chunks of blocks
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # blocks.0.3. in chunks
         if name == "reg_token":  # of timm
             name = "register_tokens"
         if name.startswith(("head.", "mask_token")):

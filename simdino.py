@@ -15,21 +15,22 @@ Views of one image are pulled together, and different images are kept apart:
     loss = mean ½‖z_s - z_t‖² - γ R(Z)        z_s and z_t: of two different views of an image
     R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
 
-The mean is over all images and all such pairs of views. Z is of one global view of n images, which
-are called a group. Each image gives Z a row, (z_s + z_t) / 2, where both vectors are of this view.
-In the loss, R(Z) is averaged over the groups of a step and over both global views.
+The first term compares views of one image: the mean is over all images and all pairs of two
+different views. R compares images. Z is of n images, which are called a group, and of one global
+view: the row of an image is (z_s + z_t) / 2, where student and teacher both see this view. In the
+loss, R(Z) is averaged over the groups of a step and over both global views.
 
 The first term alone is 0 when all images get the same vector: the features collapse. DINO avoids
-this by centering and sharpening its scores of 65,536 prototypes. Here R is enough. If all images
-had one vector, all rows would be parallel, and of rows of length 1 these have the smallest R.
+this by centering and sharpening its scores of 65,536 prototypes. Here R is enough: with one vector
+for all images, all rows are parallel, and of rows of length 1 parallel ones have the smallest R.
 
 A step is one update of the weights. Its images are spread over processes, one for each GPU. A
 process takes --batch_size_per_gpu images at a time, a micro-batch, in one or more rounds:
 
     --batch_size = rounds x processes x --batch_size_per_gpu        512 = 4 x 2 x 64
 
-The published run had 8 GPUs with 64 images each, and each GPU was a group (--group_size 64). For
-the mean over the groups it does not matter which GPU computes a group, or in which round. So the
+The published run had 8 GPUs with 64 images each, and each GPU was a group (--group_size 64). As the
+loss is a mean over groups, it does not matter which GPU computes a group, or in which round. So the
 second command repeats the published run on W = 1, 2, 4 or 8 GPUs, in 8, 4, 2 or 1 rounds.
 
 The first command draws ten kinds of patterns and trains on them, in two minutes on two CPU cores.
@@ -43,8 +44,9 @@ from 17 % to 59.1, 62.6 and 62.0 % (seeds 0 to 2). The log shows for seed 0, and
     rank     1.1       65.8       1        directions in use by 64 images x 2 views
 
 In the warm-up (here the first epoch) the rank is close to 1 in a healthy run, too; then it grows.
-So judge it an epoch after the warm-up: below 2 is a collapse. comp ends below 1, because R gains
-more by different vectors than comp loses: here at 0.245, in the published run at 0.858.
+So judge it an epoch after the warm-up: below 2 is a collapse. comp does not reach 1, as different
+vectors for different images gain more in R than they cost in comp. It ends at 0.245 here, and at
+0.858 in the published run.
 
 Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
@@ -87,7 +89,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 # torchrun starts a process for each GPU. It sets the number of processes, and for each process its
-# number and that of its GPU. A single one takes 0, as these may be left over from another run.
+# number and that of its GPU. A single process ignores the two: they may be left over from another
+# run.
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 PROCESS = 0
 GPU = 0
@@ -220,8 +223,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # z - own is 0, so the value is that of z, but the gradient is `world` times that of z. For
-        # DDP will divide by world, and no other process has a gradient through these rows.
+        # DDP averages gradients: it divides by world. But only this process has a gradient through
+        # these rows. So it is made `world` times as large; the value stays, as z - own is 0.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -343,8 +346,8 @@ class VisionTransformer(nn.Module):
 
     def stochastic_depth(self, x):
         """The argument keep of each block, drawn for the samples of x. In training, a branch is
-        multiplied by 0 at a rate that rises with depth from 0 to drop_path_rate. Else it is divided
-        by 1 - rate, so that its mean stays the same."""
+        multiplied by 0 at a rate that rises with depth from 0 to drop_path_rate, and otherwise by
+        1 / (1 - rate), so that its mean stays the same."""
         depth = len(self.blocks)
         if not (self.training and self.drop_path_rate):
             return [(None, None)] * depth
@@ -529,7 +532,7 @@ def normalize_colors(x):
 # ---------------------------------------------------------------------------------- a training step
 
 
-# What a step returns for the log: the names on the terminal, and in log.txt (the official ones)
+# What a step returns for the log: the names on the terminal, and those in log.txt
 FIGURES = {
     "loss": "train_loss",
     "comp": "train_comp_loss",
@@ -544,9 +547,9 @@ class SimDINO:
     it has no buffers. head: maps features to unit rows. rounds: micro-batches that this process
     takes in a step.
 
-    R prevents collapse, unless the learning rate is too high: in this example, 1e-3 is. A teacher
-    is still used. As the mean of many past students it is a steadier target than the student
-    itself, and its features are better than the student's (DINO).
+    R prevents collapse, unless the learning rate is too high, as 1e-3 without a warm-up is in this
+    example. A teacher is still used. As the mean of many past students it is a steadier target than
+    the student itself, and its features are better than the student's (DINO).
 
         images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
         make_views = MultiCrop(32, 16, local_crops=6)
@@ -600,8 +603,8 @@ class SimDINO:
         for number, (seed, views) in enumerate(micro_batches, start=1):
             torch.manual_seed(seed)  # for augmentation and stochastic depth
             views = augment([view.to(self.device, non_blocking=True) for view in views])
-            # DDP averages the gradients once a step (see its no_sync). Nothing else reads this.
-            self.model.require_backward_grad_sync = number == self.rounds
+            is_last = number == self.rounds
+            self.model.require_backward_grad_sync = is_last  # DDP, if any, averages once a step
             with self.autocast:
                 with torch.no_grad():
                     z_t = self.teacher(views[:2])  # (2, B, d)
@@ -702,7 +705,7 @@ def parse_args(argv=None):
     def option(flag, default, text, **settings):
         if default is not None:
             settings.setdefault("type", type(default))
-            text = f"{text} [{str(default).strip('[]')}]"
+            text = f"{text} [{str(default).strip('[]')}]"  # a list has brackets already
         parser.add_argument(flag, default=default, help=text, **settings)
 
     def switch(flag, text):
@@ -781,6 +784,7 @@ def check_sizes(parser, args):
     group = args.group_size
     if group < 1:
         parser.error("--group_size must be at least 1")
+    # A group lies in one micro-batch, or joins whole micro-batches of a round.
     is_within_process = micro_batch % group == 0
     is_within_round = group % micro_batch == 0 and round_size % group == 0
     if not is_within_process and not is_within_round:
@@ -978,7 +982,7 @@ class Stream:
 
 def take_steps(model, stream, schedule, steps):
     """Train for these steps, in which the CPU does not wait for the GPU. Returns their FIGURES, a
-    row for each step, and the rows z of the last step."""
+    row for each step, and what the last step returned beside them."""
     figures = []
     for step in steps:
         settings = {name: values[step] for name, values in schedule.items()}
@@ -1142,11 +1146,13 @@ def main():
 
 # ------------------------------------------------------------------------ the processes and signals
 
-# How a run ends. After its last step: by end_process, with status 0. At a signal: main saves and
-# leaves. At an error: Python prints it, the process leaves with status 1, and torchrun ends the
-# others. The data-loading workers ignore signals: torchrun and terminals send them to workers, too,
-# but the steps that are under way still need images. Python would therefore wait for them without
-# end when it exits. os._exit does not wait.
+# How a run ends:
+#     after its last step      end_process, status 0
+#     at a signal              main saves, then leaves with status 128 + signal
+#     at an error              Python prints it, status 1; torchrun then ends the other processes
+# The data-loading workers ignore signals: torchrun and terminals send them to all processes, but
+# the steps that are under way still need images. So Python, which ends workers by a signal, would
+# wait for them without end when it exits. That is why os._exit is called, which does not wait.
 
 
 def start_process():
@@ -1250,8 +1256,8 @@ def choose_loader_options(args, device):
     if args.num_workers:
         options["timeout"] = 900  # seconds: a worker that hangs ends the run
         if sys.platform == "linux":
-            # Python 3.14 would let another process, a server, start the workers. torchrun's SIGTERM
-            # ends this server while its workers are still needed; after an error, it never ends.
+            # Without this, Python 3.14 lets a server process start the workers. torchrun's SIGTERM
+            # ends it while its workers are still needed; after an error, it never ends.
             options["multiprocessing_context"] = "fork"
     return options
 
@@ -1448,8 +1454,8 @@ def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size), the centre of the image.
 
     If the short side is larger than size * 8 / 7, it is resized to that: the usual 256 for a size
-    of 224. If it is smaller than size, it is resized to size. In between, it is not resized, where
-    DINO's would be 256.
+    of 224. If it is smaller than size, it is resized to size. In between it stays, where DINO would
+    resize it to 256.
     """
     height, width = image.shape[1:]
     short = min(height, width)
@@ -1461,13 +1467,15 @@ def center_crop(image, size):
 
 
 def log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options):
-    """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log."""
+    """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log's entry
+    of the epoch that is over, if one is."""
     if not knn_images:
         return
     is_between_epochs = not run["figures"]
-    is_due = is_between_epochs and run["epoch"] % args.eval_freq == 0
-    is_known = is_between_epochs and run["log"] and run["log"][-1]["knn"] is not None
-    if is_known or not (is_due or run["step"] >= last_step):
+    is_due = run["step"] >= last_step or (is_between_epochs and run["epoch"] % args.eval_freq == 0)
+    if not is_due:
+        return
+    if run["log"] and is_between_epochs and run["log"][-1]["knn"] is not None:
         return
     say("k-NN: computing the features of all images", passing=True)
     bank = embed(model, knn_images["train"], loader_options)
@@ -1541,8 +1549,9 @@ def effective_rank(rows):
 
 
 def load_pretrained(path, model):
-    """Start student and teacher from the weights in a file, with our names or those of DINO.
-    Positions of another grid are interpolated. A head is taken if it has the shapes of this one."""
+    """Start student and teacher from the weights in a file, with our names or those of DINO (its
+    files of a backbone alone). Positions of another grid are interpolated. A head is taken if it
+    has the shapes of this one."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     backbone = {}
     head = {}

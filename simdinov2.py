@@ -17,8 +17,8 @@ same patches. The teacher's crops are not masked.
          + mean ½‖p_s - p_t‖²                 mean over the masked patches of a global crop (0 if it
                                               has none), then over all global crops
 
-CLS tokens and patches share the head. R is taken of CLS tokens only. These attend to the patches,
-which seems to keep the patches from collapsing, too.
+CLS tokens and patches share the head. R is computed from CLS rows only. Nothing keeps the patch
+rows apart directly; perhaps they do not collapse because CLS tokens are made from patch tokens.
 
 What differs from DINOv2's default configuration, whose values are in brackets:
 
@@ -33,7 +33,7 @@ What differs from DINOv2's default configuration, whose values are in brackets:
     area of local crops   0.05 to 0.4 (0.05 to 0.32)
     positions             interpolated with antialiasing (without)
 
-A step of the published run, with --group_size 128:
+A step of the published run, in groups of 128 images:
 
     --batch_size = rounds x processes x --batch_size_per_gpu        1024 = 1 x 8 x 128
 
@@ -42,7 +42,7 @@ with LayerScale 1, no stochastic depth and all layers at one learning rate. k-NN
 19 % to 65.5, 67.9 and 66.5 % (seeds 0 to 2). The log shows for seed 0, and for a collapse:
 
             step 10   step 400   collapse
-    loss    -1.287     -1.818    -1.563    -comp - expa - patch: the loss above minus 1.5
+    loss    -1.287     -1.818    -1.563    -comp - expa - patch: the loss above minus some 1.5
     comp     0.910      0.267     1        mean cosine of z_s and z_t: 1 - the mean of ½‖z_s - z_t‖²
     expa     0.155      1.243     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
     patch    0.222      0.308     0.5      mean cosine of p_s and p_t. At best 0.5, as half of the
@@ -91,7 +91,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 # torchrun starts a process for each GPU. It sets the number of processes, and for each process its
-# number and that of its GPU. A single one takes 0, as these may be left over from another run.
+# number and that of its GPU. A single process ignores the two: they may be left over from another
+# run.
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 PROCESS = 0
 GPU = 0
@@ -224,8 +225,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # z - own is 0, so the value is that of z, but the gradient is `world` times that of z. For
-        # DDP will divide by world, and no other process has a gradient through these rows.
+        # DDP averages gradients: it divides by world. But only this process has a gradient through
+        # these rows. So it is made `world` times as large; the value stays, as z - own is 0.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -237,10 +238,10 @@ def masked_patch_loss(student, teacher, masks):
     student, teacher (M, d): unit rows of the masked patches, in the order of masks, bool (2 B, N).
     """
     cosine = (student * teacher.detach()).sum(-1)  # (M,)
-    masked = masks.sum(-1)  # patches of each crop
-    weight = 1 / masked.clamp(min=1)
+    count = masks.sum(-1)  # masked patches of each crop
+    weight_of_crop = 1 / count.clamp(min=1)
     # With output_size given, the CPU need not wait for the GPU to count the patches.
-    weight = weight.repeat_interleave(masked, output_size=len(student))  # (M,), that of their crop
+    weight = weight_of_crop.repeat_interleave(count, output_size=len(student))  # (M,)
     return -(cosine * weight).sum() / len(masks)
 
 
@@ -295,7 +296,7 @@ def add_branch(x, branch, keep):
         return x + branch(x)
     scale = x.shape[0] / keep.shape[0]  # so that the mean of a branch stays the same
     samples = x[keep]
-    x = x.clone()
+    x = x.clone()  # index_add or index_copy would keep the branch for the backward pass
     x[keep] = samples + scale * branch(samples)
     return x
 
@@ -507,14 +508,14 @@ def block_masks(crops, side, probability, ratios, seed):
     rng = np.random.default_rng(seed)
     masks = np.zeros((crops, side, side), dtype=bool)
     masked = int(crops * probability)
-    bounds = np.linspace(*ratios, masked + 1)
+    bounds = np.linspace(*ratios, masked + 1)  # mask i: a share between bounds i and i + 1
     for i in range(masked):
         remaining = int(side**2 * rng.uniform(bounds[i], bounds[i + 1]))  # patches to be masked
         rejected = 0
         while remaining > 0 and rejected < 10:
             rejected += 1
             largest = min(remaining, side**2 // 2)
-            area = 4 + (largest - 4) * rng.random()  # also if largest is below 4
+            area = 4 + (largest - 4) * rng.random()  # between 4 and largest, if smaller or larger
             aspect = 0.3 ** rng.uniform(-1, 1)
             h = round(math.sqrt(area * aspect))
             w = round(math.sqrt(area / aspect))
@@ -629,7 +630,7 @@ def normalize_colors(x):
 # ---------------------------------------------------------------------------------- a training step
 
 
-# What a step returns for the log: the names on the terminal, and in log.txt (the official ones)
+# What a step returns for the log: the names on the terminal, and those in log.txt
 FIGURES = {
     "loss": "train_loss",
     "comp": "train_comp_loss",
@@ -646,9 +647,9 @@ class SimDINO:
     rounds: micro-batches that this process takes in a step. patch_weight: of the masked patches'
     term. layerwise_decay, patch_embed_lr_mult: see parameter_groups.
 
-    R prevents collapse, unless the learning rate is too high: in this example, 1e-3 is. A teacher
-    is still used. As the mean of many past students it is a steadier target than the student
-    itself, and its features are better than the student's (DINO).
+    R prevents collapse, unless the learning rate is too high, as 1e-3 without a warm-up is in this
+    example. A teacher is still used. As the mean of many past students it is a steadier target than
+    the student itself, and its features are better than the student's (DINO).
 
         images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
         make_views = MultiCrop(32, 16, local_crops=6)
@@ -686,7 +687,7 @@ class SimDINO:
         self.params = list(self.student.parameters())
         self.device = self.params[0].device
         groups = parameter_groups(self.student, layerwise_decay, patch_embed_lr_mult)
-        # Not in the groups, as load_state_dict would replace them by the checkpoint's
+        # Kept outside of the groups: with --resume_anyway, the checkpoint's would come back
         self.lr_scales = [group.pop("lr_scale") for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
@@ -715,8 +716,8 @@ class SimDINO:
             views = augment([view.to(self.device, non_blocking=True) for view in views])
             masks = masks.to(self.device, non_blocking=True)
             index = index.to(self.device, non_blocking=True)
-            # DDP averages the gradients once a step (see its no_sync). Nothing else reads this.
-            self.model.require_backward_grad_sync = number == self.rounds
+            is_last = number == self.rounds
+            self.model.require_backward_grad_sync = is_last  # DDP, if any, averages once a step
             with self.autocast:
                 with torch.no_grad():
                     z_t, p_t = self.teacher(views[:2], index)  # (2, B, d), (M, d)
@@ -724,7 +725,7 @@ class SimDINO:
             loss, stats = self.loss_fn(z_s, z_t)
             patch_loss = masked_patch_loss(p_s, p_t, masks)
             loss = loss + self.patch_weight * patch_loss
-            stats["patch"] = -patch_loss.detach()  # the mean cosine
+            stats["patch"] = -patch_loss.detach()  # the mean cosine, 0 for crops without mask
             self.scaler.scale(loss / self.rounds).backward()
             stats["loss"] = loss.detach()
             figures.append(torch.stack([stats[name] for name in FIGURES]))
@@ -839,7 +840,7 @@ def parse_args(argv=None):
     def option(flag, default, text, **settings):
         if default is not None:
             settings.setdefault("type", type(default))
-            text = f"{text} [{str(default).strip('[]')}]"
+            text = f"{text} [{str(default).strip('[]')}]"  # a list has brackets already
         parser.add_argument(flag, default=default, help=text, **settings)
 
     def switch(flag, text):
@@ -881,7 +882,7 @@ def parse_args(argv=None):
         "--batch_size_per_gpu", None, "images that a GPU takes at a time [128 or fewer]", type=int
     )
     option("--lr", 0.004, "the peak learning rate is this times sqrt(batch_size / 1024)")
-    option("--layerwise_decay", 0.9, "learning rate of a block, divided by the next block's")
+    option("--layerwise_decay", 0.9, "a block's learning rate is this times the next block's")
     option("--patch_embed_lr_mult", 0.2, "factor of the patch embedding's learning rate")
     option("--min_lr", 1e-6, "learning rate at the end")
     option("--warmup_epochs", 10.0, "epochs in which the learning rate rises from 0")
@@ -927,6 +928,7 @@ def check_sizes(parser, args):
     group = args.group_size
     if group < 1:
         parser.error("--group_size must be at least 1")
+    # A group lies in one micro-batch, or joins whole micro-batches of a round.
     is_within_process = micro_batch % group == 0
     is_within_round = group % micro_batch == 0 and round_size % group == 0
     if not is_within_process and not is_within_round:
@@ -1134,7 +1136,7 @@ class Stream:
 
 def take_steps(model, stream, schedule, steps):
     """Train for these steps, in which the CPU does not wait for the GPU. Returns their FIGURES, a
-    row for each step, and the rows z of the last step."""
+    row for each step, and what the last step returned beside them."""
     figures = []
     for step in steps:
         settings = {name: values[step] for name, values in schedule.items()}
@@ -1298,11 +1300,13 @@ def main():
 
 # ------------------------------------------------------------------------ the processes and signals
 
-# How a run ends. After its last step: by end_process, with status 0. At a signal: main saves and
-# leaves. At an error: Python prints it, the process leaves with status 1, and torchrun ends the
-# others. The data-loading workers ignore signals: torchrun and terminals send them to workers, too,
-# but the steps that are under way still need images. Python would therefore wait for them without
-# end when it exits. os._exit does not wait.
+# How a run ends:
+#     after its last step      end_process, status 0
+#     at a signal              main saves, then leaves with status 128 + signal
+#     at an error              Python prints it, status 1; torchrun then ends the other processes
+# The data-loading workers ignore signals: torchrun and terminals send them to all processes, but
+# the steps that are under way still need images. So Python, which ends workers by a signal, would
+# wait for them without end when it exits. That is why os._exit is called, which does not wait.
 
 
 def start_process():
@@ -1406,8 +1410,8 @@ def choose_loader_options(args, device):
     if args.num_workers:
         options["timeout"] = 900  # seconds: a worker that hangs ends the run
         if sys.platform == "linux":
-            # Python 3.14 would let another process, a server, start the workers. torchrun's SIGTERM
-            # ends this server while its workers are still needed; after an error, it never ends.
+            # Without this, Python 3.14 lets a server process start the workers. torchrun's SIGTERM
+            # ends it while its workers are still needed; after an error, it never ends.
             options["multiprocessing_context"] = "fork"
     return options
 
@@ -1604,8 +1608,8 @@ def center_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size), the centre of the image.
 
     If the short side is larger than size * 8 / 7, it is resized to that: the usual 256 for a size
-    of 224. If it is smaller than size, it is resized to size. In between, it is not resized, where
-    DINO's would be 256.
+    of 224. If it is smaller than size, it is resized to size. In between it stays, where DINO would
+    resize it to 256.
     """
     height, width = image.shape[1:]
     short = min(height, width)
@@ -1617,13 +1621,15 @@ def center_crop(image, size):
 
 
 def log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options):
-    """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log."""
+    """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log's entry
+    of the epoch that is over, if one is."""
     if not knn_images:
         return
     is_between_epochs = not run["figures"]
-    is_due = is_between_epochs and run["epoch"] % args.eval_freq == 0
-    is_known = is_between_epochs and run["log"] and run["log"][-1]["knn"] is not None
-    if is_known or not (is_due or run["step"] >= last_step):
+    is_due = run["step"] >= last_step or (is_between_epochs and run["epoch"] % args.eval_freq == 0)
+    if not is_due:
+        return
+    if run["log"] and is_between_epochs and run["log"][-1]["knn"] is not None:
         return
     say("k-NN: computing the features of all images", passing=True)
     bank = embed(model, knn_images["train"], loader_options)
@@ -1697,14 +1703,15 @@ def effective_rank(rows):
 
 
 def load_pretrained(path, model):
-    """Start student and teacher from the weights in a file, with our names or those of DINOv2.
-    Positions of another grid are interpolated. A head is taken if it has the shapes of this one."""
+    """Start student and teacher from the weights in a file, with our names or those of DINOv2 (its
+    files of a backbone alone). Positions of another grid are interpolated. A head is taken if it
+    has the shapes of this one."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     backbone = {}
     head = {}
     for name, tensor in state.get("teacher", state).items():
         name = name.removeprefix("module.").removeprefix("backbone.").removeprefix("dino_")
-        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # DINOv2's chunks of blocks
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # chunks: blocks.0.3.attn
         if name.startswith("head."):
             head[name.removeprefix("head.")] = tensor
         else:

@@ -341,7 +341,7 @@ def hold_out(labels, fewest, seed):
     n = len(labels)
     wanted = min(max(n // 10, fewest), n // 2, 10000)
     order = np.random.default_rng(seed).permutation(n)
-    # The first image of each class, in this order, is for training; of the others some are held out.
+    # The first image of each class, in this order, is for training. Of the others, hold out some.
     _, firsts = np.unique(labels[order], return_index=True)
     held = np.delete(order, firsts)[:wanted]
     if len(held) < fewest / 5:
@@ -1186,8 +1186,8 @@ def extract(images, model, args):
     if len(model.blocks) < 4:
         sys.exit("a model of fewer than 4 blocks cannot be judged")
     n = len(images)
-    # A process takes a share of the rows of features. The others leave 0 there, so that the sum over
-    # processes is the whole. The last rows are first images again, and are cut off at the end.
+    # A process takes a share of the rows of features. The others leave 0 there, so the sum over
+    # processes is the whole. The last rows are the first images again, and are cut off at the end.
     share = math.ceil(n / WORLD)
     first = PROCESS * share
     items = in_batches([(0, i % n) for i in range(first, first + share)], args)

@@ -75,6 +75,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -941,8 +942,8 @@ def schedules(args, steps_per_epoch):
 
 
 def start_run(args, path, images, model):
-    """Returns run, a dictionary of what a checkpoint holds beside the tensors: of a new run, or of
-    the one saved at path. Loads the tensors into model."""
+    """Returns run, the dictionary of a new run, or of the one saved at path, whose tensors are then
+    loaded into model."""
     run = {
         "args": vars(args),
         "images_hash": hash_files(images.root, images.names),
@@ -1014,12 +1015,12 @@ def check_finite(figures, model):
         sys.exit("not finite: try --amp off, or --resume_anyway and a lower --lr")
 
 
-def show_progress(run, args, last_step, rank, images_per_second, passing):
+def show_progress(run, job, rank, images_per_second, passing):
     """Print the figures of the last step, and how long the rest will take."""
     figures = [f"{name} {value:.3f}" for name, value in zip(FIGURES, run["figures"][-1])]
-    left = (last_step - run["step"]) * args.batch_size / images_per_second
+    left = (job.last_step - run["step"]) * job.args.batch_size / images_per_second
     line = (
-        f"epoch {run['epoch'] + 1}/{args.epochs} step {run['step']}/{last_step} "
+        f"epoch {run['epoch'] + 1}/{job.args.epochs} step {run['step']}/{job.last_step} "
         f"{' '.join(figures)} rank {rank:.1f} "
         f"{images_per_second:.0f} img/s ETA {timedelta(seconds=int(left))}"
     )
@@ -1064,9 +1065,57 @@ def warn_of_few_steps(schedule, steps):
         )
 
 
+def train_epoch(run, job, clock):
+    """Train to the end of the epoch, or to the last step of the job. Prints lines, and saves: after
+    epochs (but at most once a minute), every 15 minutes, at a signal, and at the end."""
+    first_step = run["step"]  # not that of the epoch, after an interruption
+    end_of_epoch = (run["epoch"] + 1) * job.steps_per_epoch
+    stop = min(end_of_epoch, job.last_step)
+    # After some ten rounds, the CPU waits for the GPU, and a line may be printed or the run saved.
+    steps_at_a_time = math.ceil(10 / job.model.rounds)
+    started = time.monotonic()
+    job.stream.waited = 0.0
+    while run["step"] < stop:
+        steps = range(run["step"], min(run["step"] + steps_at_a_time, stop))
+        figures, rows = take_steps(job.model, job.stream, job.schedule, steps)
+        figures, caught, unsaved = meet(figures, job.signals, clock.saved)
+        check_finite(figures, job.model)
+        run["step"] = steps.stop
+        run["figures"] += figures
+
+        now = time.monotonic()
+        images_per_second = job.args.batch_size * (run["step"] - first_step) / (now - started)
+        rank = effective_rank(rows)  # of the first process, which prints it
+        passing = run["step"] < stop
+        if not passing or os.isatty(1) or now - clock.printed > 60:
+            show_progress(run, job, rank, images_per_second, passing)
+            clock.printed = now
+
+        is_end_of_epoch = run["step"] == end_of_epoch
+        if is_end_of_epoch:
+            data_wait = job.stream.waited / (now - started)
+            end_epoch(run, job.schedule, rank, images_per_second, data_wait)
+            save_copy(run, job)
+        # Not after every epoch: with few images, saving would take most of the time.
+        is_due = unsaved > 15 * 60 or (is_end_of_epoch and unsaved > 60)
+        if caught or is_due or run["step"] == job.last_step:
+            save(job.path, run, job.model)
+            clock.saved = time.monotonic()
+        if caught:
+            say(f"{signal.Signals(caught).name}: saved {job.path} at step {run['step']}")
+            os._exit(128 + caught)
+
+
+def save_copy(run, job):
+    """After some epochs: a checkpoint that stays."""
+    finished = run["epoch"] - 1  # counted from 0, as in the log
+    if job.args.saveckp_freq and finished % job.args.saveckp_freq == 0:
+        save(job.path.with_name(f"checkpoint{finished:04}.pth"), run, job.model)
+
+
 def main():
-    """Train. The run is saved after epochs (but at most once a minute), every 15 minutes, at a
-    signal, and at the end."""
+    """Train. What changes is in run, which is what a checkpoint holds beside the tensors; what
+    stays is in job."""
     args = parse_args()
     device = start_process()
     path = Path(args.output_dir, "checkpoint.pth")
@@ -1092,52 +1141,23 @@ def main():
     loader_options = choose_loader_options(args, device)
     loader_options["worker_init_fn"] = ignore_signals
     stream = open_stream(images, args, model, range(run["step"], last_step), loader_options)
-    # After some ten rounds, the CPU waits for the GPU, and a line may be printed or the run saved.
-    steps_at_a_time = math.ceil(10 / model.rounds)
-    last_save = time.monotonic()
-    last_line = 0.0
-
-    # The accuracy before the first epoch, or one that an interruption prevented
-    log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
+    job = SimpleNamespace(
+        args=args,
+        path=path,
+        model=model,
+        schedule=schedule,
+        stream=stream,
+        signals=signals,
+        knn_images=knn_images,
+        loader_options=loader_options,
+        steps_per_epoch=steps_per_epoch,
+        last_step=last_step,
+    )
+    clock = SimpleNamespace(saved=time.monotonic(), printed=0.0)  # when these happened last
+    log_knn_accuracy(run, job)  # before the first epoch, or where an interruption prevented it
     while run["step"] < last_step:
-        # An epoch begins here, or goes on after an interruption.
-        first_step = run["step"]
-        end_of_epoch = (run["epoch"] + 1) * steps_per_epoch
-        stop = min(end_of_epoch, last_step)
-        started = time.monotonic()
-        stream.waited = 0.0
-        while run["step"] < stop:
-            steps = range(run["step"], min(run["step"] + steps_at_a_time, stop))
-            figures, rows = take_steps(model, stream, schedule, steps)
-            figures, caught, unsaved = meet(figures, signals, last_save)
-            check_finite(figures, model)
-            run["step"] = steps.stop
-            run["figures"] += figures
-
-            now = time.monotonic()
-            images_per_second = args.batch_size * (run["step"] - first_step) / (now - started)
-            rank = effective_rank(rows)  # of the first process, which prints it
-            passing = run["step"] < stop
-            if not passing or os.isatty(1) or now - last_line > 60:
-                show_progress(run, args, last_step, rank, images_per_second, passing)
-                last_line = now
-
-            is_end_of_epoch = run["step"] == end_of_epoch
-            if is_end_of_epoch:
-                data_wait = stream.waited / (now - started)
-                end_epoch(run, schedule, rank, images_per_second, data_wait)
-                finished = run["epoch"] - 1  # counted from 0, as in the log
-                if args.saveckp_freq and finished % args.saveckp_freq == 0:
-                    save(path.with_name(f"checkpoint{finished:04}.pth"), run, model)
-            # Not after every epoch: with few images, saving would take most of the time.
-            is_due = unsaved > 15 * 60 or (is_end_of_epoch and unsaved > 60)
-            if caught or is_due or run["step"] == last_step:
-                save(path, run, model)
-                last_save = time.monotonic()
-            if caught:
-                say(f"{signal.Signals(caught).name}: saved {path} at step {run['step']}")
-                os._exit(128 + caught)
-        log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options)
+        train_epoch(run, job, clock)
+        log_knn_accuracy(run, job)
     say(f"the result is in {path}: eval_linear.py judges and exports it")
     end_process()
 
@@ -1466,25 +1486,26 @@ def center_crop(image, size):
     return TF.center_crop(resized, [size, size])
 
 
-def log_knn_accuracy(run, last_step, args, path, model, knn_images, loader_options):
+def log_knn_accuracy(run, job):
     """If it is due, and not in the log yet: print the k-NN accuracy, and save it in the log's entry
     of the epoch that is over, if one is."""
-    if not knn_images:
+    if not job.knn_images:
         return
     is_between_epochs = not run["figures"]
-    is_due = run["step"] >= last_step or (is_between_epochs and run["epoch"] % args.eval_freq == 0)
-    if not is_due:
+    is_epoch_to_judge = is_between_epochs and run["epoch"] % job.args.eval_freq == 0
+    if not is_epoch_to_judge and run["step"] < job.last_step:
         return
     if run["log"] and is_between_epochs and run["log"][-1]["knn"] is not None:
         return
     say("k-NN: computing the features of all images", passing=True)
-    bank = embed(model, knn_images["train"], loader_options)
-    accuracy = knn_accuracy(bank, embed(model, knn_images["val"], loader_options))
+    bank = embed(job.model, job.knn_images["train"], job.loader_options)
+    val = embed(job.model, job.knn_images["val"], job.loader_options)
+    accuracy = knn_accuracy(bank, val)
     when = f"epoch {run['epoch']}" if is_between_epochs else f"step {run['step']}"
     say(f"k-NN accuracy after {when}: {accuracy:.1f} %")
     if run["log"] and is_between_epochs:
         run["log"][-1]["knn"] = accuracy
-        save(path, run, model)
+        save(job.path, run, job.model)
 
 
 @torch.no_grad()

@@ -35,18 +35,19 @@ second command repeats the published run on W = 1, 2, 4 or 8 GPUs, in 8, 4, 2 or
 
 The first command draws ten kinds of patterns and trains on them, in two minutes on two CPU cores.
 k-NN accuracy (each test image gets the class that the most similar training images vote for) rises
-from 17 % to 59.1, 62.6 and 62.0 % (seeds 0 to 2). The log shows for seed 0, and for a collapse:
+from 17 % to 59.1, 62.6 and 62.0 % (seeds 0 to 2). As ½‖z_s - z_t‖² is 1 - cosine, the log shows
+the loss above minus 1. For seed 0, and in a collapse:
 
             step 10   step 400   collapse
-    loss    -1.090     -1.542    -1.063    -comp - expa: the loss above minus 1
-    comp     0.985      0.245     1        mean cosine of z_s and z_t: 1 - the mean of ½‖z_s - z_t‖²
-    expa     0.105      1.296     0.063    γ R. Here γ is 0.0195; the smallest R is 3.2
+    loss    -1.090     -1.542    -1.063    -comp - expa
+    comp     0.985      0.245     1        mean cosine of z_s and z_t
+    expa     0.105      1.296     0.063    γ R. Here γ is 0.0195; in a collapse, R is 3.2
     rank     1.1       65.8       1        directions in use by 64 images x 2 views
 
 In the warm-up (here the first epoch) the rank is close to 1 in a healthy run, too; then it grows.
-So judge it an epoch after the warm-up: below 2 is a collapse. comp does not reach 1, as different
-vectors for different images gain more in R than they cost in comp. It ends at 0.245 here, and at
-0.858 in the published run.
+So judge it an epoch after the warm-up: below 2 is a collapse. comp does not reach 1: a student that
+tells images apart also tells their crops apart a little, and R rewards this more than comp punishes
+it. comp ends at 0.245 here, and at 0.858 in the published run.
 
 Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
@@ -140,10 +141,10 @@ class SimDINOLoss(torch.nn.Module):
     over all pairs of a teacher's and a student's view of an image. A view is not paired with
     itself, as such a pair teaches no invariance. expa (from "expansion") is γ R.
 
-    eps_sq: ε². group_size: n, the images whose rows make one Z. R is the mean over these groups and
-    over the teacher's views. None, or more than all images: one group. The published models had
-    ε² = 0.4 and groups of 64 (SimDINOv2: 128). The official code sums ZᵀZ over one GPU but divides
-    by the rows of all 8, so its 0.05 is 8 x 0.05 = 0.4 here.
+    eps_sq: ε². In the published models it was 0.4: the official option is 0.05, but the official
+    code sums ZᵀZ over one GPU and divides by the rows of all 8. group_size: n, the images whose
+    rows make one Z; None, or more than all images: all are one group. R is the mean over groups and
+    over the teacher's views. The published models had groups of 64 (SimDINOv2: 128).
     gamma: γ. None: default_gamma of the images of one call, on all processes. A step of several
     rounds is several calls: give the default_gamma of all its images.
     expa_type: a row of Z is z_s (0), or (z_s + z_t) / 2 (1, the official default). The latter is
@@ -224,8 +225,9 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # DDP averages gradients: it divides by world. But only this process has a gradient through
-        # these rows. So it is made `world` times as large; the value stays, as z - own is 0.
+        # All processes compute the same R, but each has a gradient through its own rows alone. DDP
+        # then averages: it divides by world. So this gradient is made `world` times as large. The
+        # value stays, as z - own is 0.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -263,7 +265,7 @@ class Attention(nn.Module):
 
 
 def add_branch(x, branch, keep):
-    """x + branch(x) keep. keep: (B, 1, 1), a factor for each sample, or None for 1."""
+    """x + keep branch(x). keep: (B, 1, 1), a factor for each sample, or None for 1."""
     y = branch(x)
     if keep is not None:
         y = y * keep.to(y.dtype)
@@ -281,7 +283,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x, keep=(None, None)):
-        """keep: for each branch, an argument of add_branch (see stochastic_depth)."""
+        """keep: for the two branches, attention and MLP, an argument of add_branch."""
         x = add_branch(x, lambda x: self.attn(self.norm1(x)), keep[0])
         return add_branch(x, lambda x: self.mlp(self.norm2(x)), keep[1])
 
@@ -354,7 +356,7 @@ class VisionTransformer(nn.Module):
             return [(None, None)] * depth
         rate = torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(-1, 1, 1, 1, 1)
         drawn = torch.rand(depth, 2, x.shape[0], 1, 1, device=x.device)
-        return (drawn >= rate) / (1 - rate)  # (depth, 2, B, 1, 1)
+        return (drawn >= rate) / (1 - rate)  # (depth, 2 branches, B, 1, 1)
 
     def forward(self, x):
         x = self.prepare_tokens(x)
@@ -449,8 +451,8 @@ def augment(views):
 def photometric(x, blur, solarize=0.0):
     """DINO's augmentation of uint8 x (B, 3, h, w): flip, jitter, grayscale, blur, solarisation.
 
-    Each operation is drawn for each image by itself; only the order of the four operations of
-    jitter is one for the batch. blur, solarize: the probabilities that differ by view. The
+    Each operation is drawn for each crop by itself; only the order of the four operations of jitter
+    is one for the batch. blur, solarize: the probabilities that differ by view. The
     operations are torchvision's, up to rounding. h and w must be above 6, for the blur.
     """
     x = torch.where(uniform(x) < 0.5, x.flip(-1), x)
@@ -548,9 +550,9 @@ class SimDINO:
     it has no buffers. head: maps features to unit rows. rounds: micro-batches that this process
     takes in a step.
 
-    R prevents collapse, unless the learning rate is too high, as 1e-3 without a warm-up is in this
-    example. A teacher is still used. As the mean of many past students it is a steadier target than
-    the student itself, and its features are better than the student's (DINO).
+    R prevents collapse if the learning rate is not too high: the example below, which has no
+    warm-up, collapses with 1e-3. So a teacher is not needed against collapse. It is used because it
+    is the mean of many past students: a steadier target, with better features (DINO).
 
         images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
         make_views = MultiCrop(32, 16, local_crops=6)
@@ -592,7 +594,7 @@ class SimDINO:
         }
 
     def step(self, micro_batches, lr, weight_decay, momentum):
-        """One step over this process's micro-batches, as many as rounds: the whole method.
+        """The whole method: one update of the weights, from `rounds` micro-batches of this process.
 
         A micro-batch is (seed, views): the views as MultiCrop gives them, each a batch.
         The gradient is the mean over the micro-batches of all processes. Returns for the log: a
@@ -640,7 +642,7 @@ class SimDINO:
 
 
 def parameter_groups(student):
-    """AdamW's groups of parameters. decay_scale: 0 for biases and norms, of one dimension."""
+    """AdamW's groups. decay_scale: 0 for parameters of one dimension (biases, norms), else 1."""
     groups = defaultdict(list)
     for p in student.parameters():
         decay_scale = float(p.ndim > 1)
@@ -983,10 +985,10 @@ class Stream:
 
 def take_steps(model, stream, schedule, steps):
     """Train for these steps, in which the CPU does not wait for the GPU. Returns their FIGURES, a
-    row for each step, and what the last step returned beside them."""
+    row for each step, and the rows of Z that the last step returned."""
     figures = []
     for step in steps:
-        settings = {name: values[step] for name, values in schedule.items()}
+        settings = {name: values[step] for name, values in schedule.items()}  # lr and so on
         means, rows = model.step(stream.take(model.rounds), **settings)
         figures.append(means)
     return torch.stack(figures), rows
@@ -1052,6 +1054,7 @@ def open_stream(images, args, model, steps, loader_options):
     numbers = range(PROCESS, model.rounds * WORLD, WORLD)
     items = product(steps, numbers)
     dataset = MicroBatches(images, args)
+    # batch_size=None: an item is a batch already
     return Stream(DataLoader(dataset, batch_size=None, sampler=items, **loader_options))
 
 
@@ -1114,8 +1117,8 @@ def save_copy(run, job):
 
 
 def main():
-    """Train. What changes is in run, which is what a checkpoint holds beside the tensors; what
-    stays is in job."""
+    """Train. run: the progress, which a checkpoint holds beside the tensors. job: the objects of
+    this process."""
     args = parse_args()
     device = start_process()
     path = Path(args.output_dir, "checkpoint.pth")
@@ -1168,11 +1171,11 @@ def main():
 
 # How a run ends:
 #     after its last step      end_process, status 0
-#     at a signal              main saves, then leaves with status 128 + signal
+#     at a signal              train_epoch saves, then leaves with status 128 + signal
 #     at an error              Python prints it, status 1; torchrun then ends the other processes
-# The data-loading workers ignore signals: torchrun and terminals send them to all processes, but
-# the steps that are under way still need images. So Python, which ends workers by a signal, would
-# wait for them without end when it exits. That is why os._exit is called, which does not wait.
+# A signal of torchrun or of a terminal reaches the data-loading workers, too. They ignore it: the
+# steps that are under way still need their images. A usual exit of Python would send them a signal
+# and wait for them: for ever, as they ignore it. os._exit does not wait.
 
 
 def start_process():
@@ -1252,7 +1255,7 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 
 
 def catch_signals():
-    """A list, to which signals are added from now on. main saves and ends when it sees one."""
+    """A list, to which signals are added from now on. With one, train_epoch saves and ends."""
     caught = []
 
     def handler(number, frame):
@@ -1428,6 +1431,7 @@ def draw_pattern(kind, rng, size=32):
     angle = rng.uniform(0, 2 * np.pi)
     cells = rng.uniform(2.2, 4.2)  # along a side
     y, x = (np.mgrid[: 2 * size, : 2 * size] / (2 * size) - 0.5) * cells
+    # Coordinates in cells, rotated and shifted
     p = x * np.cos(angle) + y * np.sin(angle) + rng.uniform()
     q = y * np.cos(angle) - x * np.sin(angle) + rng.uniform()
     u = abs(p % 1 - 0.5)  # distances from the middle of a cell
@@ -1442,7 +1446,7 @@ def draw_pattern(kind, rng, size=32):
         np.maximum(u, v),  # squares
         abs((p + v) % 1 - 0.5),  # zigzags
         np.maximum(bond, v),  # bricks
-        np.where(odd, abs(2 * p % 1 - 0.5), abs(2 * q % 1 - 0.5)),  # weave
+        np.where(odd, abs((2 * p) % 1 - 0.5), abs((2 * q) % 1 - 0.5)),  # weave
         p % 1 - 2 * v,  # triangles
         np.hypot(bond, q % 1),  # scallops
     ]

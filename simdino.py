@@ -16,9 +16,9 @@ Views of one image are pulled together, and different images are kept apart:
     R(Z) = ½ logdet(I + d / (n ε²) ZᵀZ)       the coding rate of Z, n rows of d numbers
 
 The first term compares views of one image: the mean is over all images and all pairs of two
-different views. R compares images. Z is of n images, which are called a group, and of one global
-view: the row of an image is (z_s + z_t) / 2, where student and teacher both see this view. In the
-loss, R(Z) is averaged over the groups of a step and over both global views.
+different views. R compares images. The images of a step are split into groups of n. For each group
+and each global view there is a Z: its row for an image is (z_s + z_t) / 2, both of this same view.
+In the loss, R(Z) is averaged over these.
 
 The first term alone is 0 when all images get the same vector: the features collapse. DINO avoids
 this by centering and sharpening its scores of 65,536 prototypes. Here R is enough: with one vector
@@ -31,12 +31,12 @@ process takes --batch_size_per_gpu images at a time, a micro-batch, in one or mo
 
 The published run had 8 GPUs with 64 images each, and each GPU was a group (--group_size 64). As the
 loss is a mean over groups, it does not matter which GPU computes a group, or in which round. So the
-second command repeats the published run on W = 1, 2, 4 or 8 GPUs, in 8, 4, 2 or 1 rounds.
+second command follows the published recipe on W = 1, 2, 4 or 8 GPUs, in 8, 4, 2 or 1 rounds.
 
 The first command draws ten kinds of patterns and trains on them, in two minutes on two CPU cores.
 k-NN accuracy (each test image gets the class that the most similar training images vote for) rises
-from 17 % to 59.1, 62.6 and 62.0 % (seeds 0 to 2). As ½‖z_s - z_t‖² is 1 - cosine, the log shows
-the loss above minus 1. For seed 0, and in a collapse:
+from 17 % to 59.1, 62.6 and 62.0 % (seeds 0 to 2). As ½‖z_s - z_t‖² is 1 - cosine, the log leaves
+out a constant: its loss is the formula above - 1. For seed 0, and in a collapse:
 
             step 10   step 400   collapse
     loss    -1.090     -1.542    -1.063    -comp - expa
@@ -46,10 +46,10 @@ the loss above minus 1. For seed 0, and in a collapse:
 
 In the warm-up (here the first epoch) the rank is close to 1 in a healthy run, too; then it grows.
 So judge it an epoch after the warm-up: below 2 is a collapse. comp does not reach 1: a student that
-tells images apart also tells their crops apart a little, and R rewards this more than comp punishes
-it. comp ends at 0.245 here, and at 0.858 in the published run.
+tells images apart also tells their crops apart, and R rewards this more than comp punishes it. comp
+ends at 0.245 here, and at 0.858 in the published run, whose γ is smaller, 0.0059.
 
-Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
+Section 1 is the method: loss, model, views, one training step. Its code uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
 helpers of the run. The result is the teacher: torch.load(".../checkpoint.pth")["teacher"] has its
 weights, backbone.* and head.*; eval_linear.py judges and exports them.
@@ -142,9 +142,9 @@ class SimDINOLoss(torch.nn.Module):
     itself, as such a pair teaches no invariance. expa (from "expansion") is γ R.
 
     eps_sq: ε². In the published models it was 0.4: the official option is 0.05, but the official
-    code sums ZᵀZ over one GPU and divides by the rows of all 8. group_size: n, the images whose
-    rows make one Z; None, or more than all images: all are one group. R is the mean over groups and
-    over the teacher's views. The published models had groups of 64 (SimDINOv2: 128).
+    code divides the ZᵀZ of one GPU by the rows of all 8, which is 8 x 0.05 here. group_size: n, the
+    images whose rows make one Z; None, or more than all images: all are one group. R is the mean
+    over groups and over the teacher's views. The published models had groups of 64 (SimDINOv2: 128).
     gamma: γ. None: default_gamma of the images of one call, on all processes. A step of several
     rounds is several calls: give the default_gamma of all its images.
     expa_type: a row of Z is z_s (0), or (z_s + z_t) / 2 (1, the official default). The latter is
@@ -225,9 +225,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # All processes compute the same R, but each has a gradient through its own rows alone. DDP
-        # then averages: it divides by world. So this gradient is made `world` times as large. The
-        # value stays, as z - own is 0.
+        # The value of z, as z - own is 0, and `world` times its gradient. For all processes compute
+        # the same R, each with a gradient through its own rows alone, and DDP will average these.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -550,9 +549,9 @@ class SimDINO:
     it has no buffers. head: maps features to unit rows. rounds: micro-batches that this process
     takes in a step.
 
-    R prevents collapse if the learning rate is not too high: the example below, which has no
-    warm-up, collapses with 1e-3. So a teacher is not needed against collapse. It is used because it
-    is the mean of many past students: a steadier target, with better features (DINO).
+    R prevents collapse if the learning rate is not too high: in the example below, which has no
+    warm-up, the rank stays at 2 or less with 1e-3. A teacher is used as in DINO: the mean of many
+    past students is a steadier target than the student, and has better features.
 
         images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
         make_views = MultiCrop(32, 16, local_crops=6)
@@ -1173,9 +1172,9 @@ def main():
 #     after its last step      end_process, status 0
 #     at a signal              train_epoch saves, then leaves with status 128 + signal
 #     at an error              Python prints it, status 1; torchrun then ends the other processes
-# A signal of torchrun or of a terminal reaches the data-loading workers, too. They ignore it: the
-# steps that are under way still need their images. A usual exit of Python would send them a signal
-# and wait for them: for ever, as they ignore it. os._exit does not wait.
+# A signal of torchrun or of a terminal reaches the data-loading workers, too. They ignore signals,
+# as the current steps still need their images. So a usual exit of Python would hang: it sends the
+# workers SIGTERM and waits for them. os._exit does not wait.
 
 
 def start_process():
@@ -1496,10 +1495,13 @@ def log_knn_accuracy(run, job):
     if not job.knn_images:
         return
     is_between_epochs = not run["figures"]
-    is_epoch_to_judge = is_between_epochs and run["epoch"] % job.args.eval_freq == 0
-    if not is_epoch_to_judge and run["step"] < job.last_step:
-        return
-    if run["log"] and is_between_epochs and run["log"][-1]["knn"] is not None:
+    is_due = is_between_epochs and run["epoch"] % job.args.eval_freq == 0
+    is_end = run["step"] >= job.last_step
+    entry = None  # of the epoch that is over
+    if is_between_epochs and run["log"]:
+        entry = run["log"][-1]
+    is_known = entry is not None and entry["knn"] is not None
+    if is_known or not (is_due or is_end):
         return
     say("k-NN: computing the features of all images", passing=True)
     bank = embed(job.model, job.knn_images["train"], job.loader_options)
@@ -1507,8 +1509,8 @@ def log_knn_accuracy(run, job):
     accuracy = knn_accuracy(bank, val)
     when = f"epoch {run['epoch']}" if is_between_epochs else f"step {run['step']}"
     say(f"k-NN accuracy after {when}: {accuracy:.1f} %")
-    if run["log"] and is_between_epochs:
-        run["log"][-1]["knn"] = accuracy
+    if entry is not None:
+        entry["knn"] = accuracy
         save(job.path, run, job.model)
 
 

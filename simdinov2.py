@@ -10,8 +10,8 @@ On one device, python does the same as torchrun.
 Read simdino.py first: the diff of the two files is what this one adds. DINOv2 adds a second task to
 DINO, the masked patches of iBOT. In half of the global crops of a micro-batch, 10 to 50 % of the
 patches are masked for the student: a learned token takes the place of their embeddings. For these
-patches, the student's head gives unit vectors p_s. They are pulled to p_t, the teacher's of the
-same patches. The teacher's crops are not masked.
+patches, the student's head gives unit vectors p_s. Each is pulled to p_t, the teacher's vector of
+the same patch. The teacher's crops are not masked.
 
     loss = mean ½‖z_s - z_t‖² - γ R(Z)        z_s and z_t: of two different views of an image
          + mean ½‖p_s - p_t‖²                 mean over the masked patches of a global crop (0 if it
@@ -39,8 +39,8 @@ A step of the published run, in groups of 128 images:
 
 The first command draws ten kinds of patterns and trains on them, in three minutes on two CPU cores,
 with LayerScale 1, no stochastic depth and all layers at one learning rate. k-NN accuracy rises from
-19 % to 65.5, 67.9 and 66.5 % (seeds 0 to 2). The log shows the loss above minus 1.5 (1, and 0.5 as
-half of the crops have a mask). For seed 0, and in a collapse:
+19 % to 65.5, 67.9 and 66.5 % (seeds 0 to 2). The log leaves out two constants: 1 of the first term,
+and 0.5 of the patches, as half of the crops have a mask. For seed 0, and in a collapse:
 
             step 10   step 400   collapse
     loss    -1.287     -1.818    -1.563    -comp - expa - patch
@@ -50,7 +50,7 @@ half of the crops have a mask). For seed 0, and in a collapse:
                                            crops have no mask and count as 0
     rank     1.6       60.6       1        directions in use by 64 images x 2 views
 
-Section 1 is the method: loss, model, views, one training step. It uses nothing of the others.
+Section 1 is the method: loss, model, views, one training step. Its code uses nothing of the others.
 Section 2 is the run: the options, the images of a step, the training loop. Section 3 holds the
 helpers of the run. The result is the teacher: torch.load(".../checkpoint.pth")["teacher"] has its
 weights, backbone.* and head.*; eval_linear.py judges and exports them.
@@ -144,9 +144,9 @@ class SimDINOLoss(torch.nn.Module):
     itself, as such a pair teaches no invariance. expa (from "expansion") is γ R.
 
     eps_sq: ε². In the published models it was 0.4: the official option is 0.05, but the official
-    code sums ZᵀZ over one GPU and divides by the rows of all 8. group_size: n, the images whose
-    rows make one Z; None, or more than all images: all are one group. R is the mean over groups and
-    over the teacher's views. The published models had groups of 64 (SimDINOv2: 128).
+    code divides the ZᵀZ of one GPU by the rows of all 8, which is 8 x 0.05 here. group_size: n, the
+    images whose rows make one Z; None, or more than all images: all are one group. R is the mean
+    over groups and over the teacher's views. The published models had groups of 64 (SimDINOv2: 128).
     gamma: γ. None: default_gamma of the images of one call, on all processes. A step of several
     rounds is several calls: give the default_gamma of all its images.
     expa_type: a row of Z is z_s (0), or (z_s + z_t) / 2 (1, the official default). The latter is
@@ -227,9 +227,8 @@ class SimDINOLoss(torch.nn.Module):
         own = z.detach().contiguous()
         rows = [torch.empty_like(own) for _ in range(world)]
         torch.distributed.all_gather(rows, own)
-        # All processes compute the same R, but each has a gradient through its own rows alone. DDP
-        # then averages: it divides by world. So this gradient is made `world` times as large. The
-        # value stays, as z - own is 0.
+        # The value of z, as z - own is 0, and `world` times its gradient. For all processes compute
+        # the same R, each with a gradient through its own rows alone, and DDP will average these.
         rows[torch.distributed.get_rank()] = own + world * (z - own)
         return torch.cat(rows, dim=-2)
 
@@ -298,8 +297,9 @@ def add_branch(x, branch, keep):
     if keep is None:
         return x + branch(x)
     scale = x.shape[0] / keep.shape[0]  # so that the mean of a branch stays the same
+    # x.index_add would do all this, but would keep the output of the branch for the backward pass.
     samples = x[keep]
-    x = x.clone()  # index_add or index_copy would keep the branch for the backward pass
+    x = x.clone()
     x[keep] = samples + scale * branch(samples)
     return x
 
@@ -397,7 +397,7 @@ class VisionTransformer(nn.Module):
             return [(None, None)] * depth
         count = max(1, int(x.shape[0] * (1 - self.drop_path_rate)))
         order = torch.rand(depth, 2, x.shape[0], device=x.device).argsort(-1)
-        return order[..., :count]  # (depth, 2, count)
+        return order[..., :count]  # (depth, 2 branches, count)
 
     def forward_features(self, x, masks=None):
         """Normed tokens by kind: x_norm_clstoken (B, D), x_norm_regtokens, x_norm_patchtokens.
@@ -503,10 +503,10 @@ def block_masks(crops, side, probability, ratios, seed):
     """Bool (crops, side * side): which patches are masked, in rectangles, as DINOv2 draws them.
 
     int(crops * probability) random crops get a mask. ratios: the lowest and the highest share of
-    the patches to mask. This range is cut into equal parts, one for each mask, in which its share
-    is drawn. Rectangles of about 4 patches to half the crop (fewer if fewer remain), aspect 0.3 to
-    1 / 0.3, are added until the share is reached, or 10 in a row are rejected: they do not fit, or
-    mask nothing new, or too much. seed: of numpy's default_rng.
+    the patches to mask. This range is cut into as many equal parts as there are masks, and each
+    mask draws its share from its own part. Rectangles of about 4 patches to half the crop (fewer if
+    fewer remain), aspect 0.3 to 1 / 0.3, are added until the share is reached, or 10 in a row are
+    rejected: they do not fit, or mask nothing new, or too much. seed: of numpy's default_rng.
     """
     rng = np.random.default_rng(seed)
     masks = np.zeros((crops, side, side), dtype=bool)
@@ -518,7 +518,7 @@ def block_masks(crops, side, probability, ratios, seed):
         while remaining > 0 and rejected < 10:
             rejected += 1
             largest = min(remaining, side**2 // 2)
-            area = 4 + (largest - 4) * rng.random()  # between 4 and largest, if smaller or larger
+            area = 4 + (largest - 4) * rng.random()  # uniform; largest may be below 4
             aspect = 0.3 ** rng.uniform(-1, 1)
             h = round(math.sqrt(area * aspect))
             w = round(math.sqrt(area / aspect))
@@ -648,11 +648,11 @@ class SimDINO:
     backbone: maps images (B, 3, H, W) of two sizes to features (B, D), as VisionTransformer does,
     and gives tokens by forward_features; it has no buffers. head: maps features to unit rows.
     rounds: micro-batches that this process takes in a step. patch_weight: of the masked patches'
-    term. layerwise_decay, patch_embed_lr_mult: see parameter_groups.
+    loss. layerwise_decay, patch_embed_lr_mult: see parameter_groups.
 
-    R prevents collapse if the learning rate is not too high: the example below, which has no
-    warm-up, collapses with 1e-3. So a teacher is not needed against collapse. It is used because it
-    is the mean of many past students: a steadier target, with better features (DINO).
+    R prevents collapse if the learning rate is not too high: in the example below, which has no
+    warm-up, the rank stays at 2 or less with 1e-3. A teacher is used as in DINO: the mean of many
+    past students is a steadier target than the student, and has better features.
 
         images = torch.randint(256, (64, 3, 40, 40), dtype=torch.uint8)  # or a list of such images
         make_views = MultiCrop(32, 16, local_crops=6)
@@ -690,7 +690,8 @@ class SimDINO:
         self.params = list(self.student.parameters())
         self.device = self.params[0].device
         groups = parameter_groups(self.student, layerwise_decay, patch_embed_lr_mult)
-        # Kept outside of the groups: with --resume_anyway, the checkpoint's would come back
+        # Not in the groups: loading a checkpoint would bring back its own, also where
+        # --resume_anyway is to change them.
         self.lr_scales = [group.pop("lr_scale") for group in groups]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
@@ -1327,9 +1328,9 @@ def main():
 #     after its last step      end_process, status 0
 #     at a signal              train_epoch saves, then leaves with status 128 + signal
 #     at an error              Python prints it, status 1; torchrun then ends the other processes
-# A signal of torchrun or of a terminal reaches the data-loading workers, too. They ignore it: the
-# steps that are under way still need their images. A usual exit of Python would send them a signal
-# and wait for them: for ever, as they ignore it. os._exit does not wait.
+# A signal of torchrun or of a terminal reaches the data-loading workers, too. They ignore signals,
+# as the current steps still need their images. So a usual exit of Python would hang: it sends the
+# workers SIGTERM and waits for them. os._exit does not wait.
 
 
 def start_process():
@@ -1650,10 +1651,13 @@ def log_knn_accuracy(run, job):
     if not job.knn_images:
         return
     is_between_epochs = not run["figures"]
-    is_epoch_to_judge = is_between_epochs and run["epoch"] % job.args.eval_freq == 0
-    if not is_epoch_to_judge and run["step"] < job.last_step:
-        return
-    if run["log"] and is_between_epochs and run["log"][-1]["knn"] is not None:
+    is_due = is_between_epochs and run["epoch"] % job.args.eval_freq == 0
+    is_end = run["step"] >= job.last_step
+    entry = None  # of the epoch that is over
+    if is_between_epochs and run["log"]:
+        entry = run["log"][-1]
+    is_known = entry is not None and entry["knn"] is not None
+    if is_known or not (is_due or is_end):
         return
     say("k-NN: computing the features of all images", passing=True)
     bank = embed(job.model, job.knn_images["train"], job.loader_options)
@@ -1661,8 +1665,8 @@ def log_knn_accuracy(run, job):
     accuracy = knn_accuracy(bank, val)
     when = f"epoch {run['epoch']}" if is_between_epochs else f"step {run['step']}"
     say(f"k-NN accuracy after {when}: {accuracy:.1f} %")
-    if run["log"] and is_between_epochs:
-        run["log"][-1]["knn"] = accuracy
+    if entry is not None:
+        entry["knn"] = accuracy
         save(job.path, run, job.model)
 
 

@@ -144,7 +144,7 @@ class SimDINOLoss(torch.nn.Module):
     eps_sq: ε². In the published models it was 0.4: the official option is 0.05, but the official
     code divides the ZᵀZ of one GPU by the rows of all 8, which is 8 x 0.05 here. group_size: n, the
     images whose rows make one Z; None, or more than all images: all are one group. R is the mean
-    over groups and over the teacher's views. The published models had groups of 64 (SimDINOv2: 128).
+    over groups and the teacher's views. The published models had groups of 64 (SimDINOv2: 128).
     gamma: γ. None: default_gamma of the images of one call, on all processes. A step of several
     rounds is several calls: give the default_gamma of all its images.
     expa_type: a row of Z is z_s (0), or (z_s + z_t) / 2 (1, the official default). The latter is

@@ -16,8 +16,8 @@ the width: see --num_heads. See also --mean and --std, if it expects other pixel
 DATA holds train/CLASS/*.jpg and val/CLASS/*.jpg. The first command computes k-NN accuracies of the
 last block's CLS token, with DINO's weighted vote. Then it trains 52 linear classifiers at once on
 random crops of the images: DINOv2's 4 kinds of features x 13 learning rates. The best one is chosen
-by its accuracy on images of train/ that are not trained on. If train/ has fewer than 1,000
-images, it is then trained again on all of them. Only this one is tried on val/. With
+by its accuracy on images of train/ that are not trained on. If train/ has fewer than 1,000 images,
+the classifiers are then trained again, on all of them. Only the chosen one is tried on val/. With
 --cached, the classifiers see the central crop of each image, so the backbone computes each image
 only once.
 

@@ -955,7 +955,8 @@ def start_run(args, path, images, model):
     # If one process finds a checkpoint, all load it. Where it is missing, torch.load says so.
     if any(gather_values(os.path.lexists(path))):
         restore(path, run, model)
-    elif args.pretrained_weights is not None:
+    is_new = run["epoch"] == 0 and not run["figures"]
+    if is_new and args.pretrained_weights is not None:
         load_pretrained(args.pretrained_weights, model)
     steps_per_epoch = len(images) // args.batch_size
     if len(run["figures"]) >= steps_per_epoch:  # only with --resume_anyway and fewer images
@@ -1606,6 +1607,8 @@ def load_pretrained(path, model):
         for p in model.params:
             dist.broadcast(p.data, src=0)
     model.teacher.load_state_dict(student.state_dict())
+    if not model.is_finite():
+        sys.exit(f"{path} has weights that are not finite")
     say(f"starts from {path}: {loaded}")
 
 
@@ -1642,6 +1645,8 @@ def restore(path, run, model):
     if changes and not run["args"]["resume_anyway"]:
         text = "; ".join(changes)
         sys.exit(f"{path} is of another run ({text}): give another --output_dir or --resume_anyway")
+    if state["step"] == 0:  # nothing is learned: start from what the options say now
+        return
     for name, part in model.saved.items():
         if state[name]:  # the scaler's is empty if the run was without fp16
             part.load_state_dict(state[name])

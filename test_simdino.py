@@ -1415,6 +1415,14 @@ def test_a_second_run_in_the_folder_of_one_that_has_just_begun_is_refused(pictur
     run(simdino, *flags, changes=[at("SimDINO.step", 1, KILL)], status=KILLED)
     assert weights_of(tmp_path)["step"] == 0
     assert "is of another run (seed 0, not 1)" in run(simdino, *flags, "--seed 1", status=1)
+    # Nothing is learned yet, so that other weights to start from are taken, but none with NaN
+    state = weights_of(tmp_path)["teacher"]
+    torch.save({name: x / 0 for name, x in state.items()}, tmp_path / "w.pth")
+    weights = ["--pretrained_weights", tmp_path / "w.pth"]
+    assert "weights that are not finite" in run(simdino, *flags, *weights, status=1)
+    torch.save(state, tmp_path / "w.pth")
+    printed = run(simdino, *flags, *weights, changes=[at("SimDINO.step", 1, KILL)], status=KILLED)
+    assert "starts from" in printed
     run(simdino, *flags)
     assert weights_of(tmp_path)["step"] == 12
 
